@@ -1,0 +1,159 @@
+"""An artifact: a folder whose manifest.json, written last, says what every byte is."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from toolkit.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+HASH_CHUNK_BYTES = 1 << 20
+
+
+class File(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of the artifact."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """The checkpoint the artifact was made from; `digest` covers config and weights' headers."""
+
+    model: str
+    revision: str
+    digest: str
+
+
+class Chat(msgspec.Struct, frozen=True, kw_only=True):
+    """The checkpoint's chat template as data: text before and after each role's content."""
+
+    turns: dict[str, tuple[str, str]]
+    generation: str
+    stop_ids: tuple[int, ...]
+    stop_texts: tuple[str, ...]
+    bos_id: int | None = None
+
+
+class Smoke(msgspec.Struct, frozen=True, kw_only=True):
+    """A question the deployed model must answer with a text that contains `expect`."""
+
+    prompt: str
+    expect: str
+    max_tokens: int = 48
+
+
+class Measure(msgspec.Struct, frozen=True, kw_only=True):
+    """One gate measurement: what was measured and the limit it met; `limit` None means no limit."""
+
+    name: str
+    value: float
+    limit: float | None
+    ok: bool
+
+
+class Quality(msgspec.Struct, frozen=True, kw_only=True):
+    """Outcome of the gate. `checked` is False when the logits were skipped on request."""
+
+    checked: bool
+    runtime: str
+    measures: tuple[Measure, ...] = ()
+
+
+class Runtime(msgspec.Struct, frozen=True, kw_only=True):
+    """What has to be on the device: an engine of the runner, its provider and package version."""
+
+    engine: str
+    provider: str
+    package: str
+    version: str
+    main_file: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an artifact says of itself."""
+
+    schema: int
+    name: str
+    format: str
+    plan_digest: str
+    plan: dict[str, object]
+    source: Source
+    tools: dict[str, str]
+    runtime: Runtime
+    context_length: int
+    valid_context: tuple[int, int]
+    device_memory_bytes: int
+    chat: Chat
+    smoke: Smoke | None
+    quality: Quality
+    files: tuple[File, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Sum of all files named, without the manifest itself."""
+        return sum(file.size_bytes for file in self.files)
+
+
+def hash_file(path: Path) -> str:
+    """Return the hex sha256 of a file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(HASH_CHUNK_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def list_files(folder: Path) -> tuple[File, ...]:
+    """Hash every file below `folder` but the manifest, in order of path."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return tuple(
+        File(
+            path=p.relative_to(folder).as_posix(), size_bytes=p.stat().st_size, sha256=hash_file(p)
+        )
+        for p in paths
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json durably; it is the last file of an artifact."""
+    with (folder / MANIFEST).open("wb") as stream:
+        stream.write(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read an artifact's manifest; ArtifactError when the folder is not a sealed artifact."""
+    path = folder / MANIFEST
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{folder}: no {MANIFEST}: this folder is not a sealed artifact",
+            advice="build one with: phiship build RECIPE --checkpoint DIR --out DIR",
+        ) from None
+    except msgspec.DecodeError as error:
+        raise ArtifactError(
+            f"{path}: damaged: {error}", advice="build the artifact again"
+        ) from error
+
+
+def verify_files(folder: Path, files: Iterable[File]) -> None:
+    """Compare every file with the manifest; ArtifactError on the first difference."""
+    for file in files:
+        path = folder / file.path
+        found_bytes = path.stat().st_size if path.is_file() else -1
+        if found_bytes != file.size_bytes or hash_file(path) != file.sha256:
+            found = "missing" if found_bytes < 0 else f"{found_bytes} bytes, other content"
+            raise ArtifactError(
+                f"{path}: found {found}; the manifest says {file.size_bytes} bytes, "
+                f"sha256 {file.sha256}",
+                advice="build the artifact again",
+            )

@@ -1,0 +1,115 @@
+"""The only module that prints: tables and progress for people, JSON lines for scripts."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+
+from toolkit.errors import PhishipError
+from toolkit.report import Report
+
+Advance = Callable[[int], None]
+
+
+def format_bytes(count: float) -> str:
+    """Format a count of bytes in decimal units: 2_720_000_000 -> '2.72 GB'."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {unit}" if count < 1e12 else f"{count / size:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+class Console:
+    """Renders what use cases tell it. Results go to stdout, everything else to stderr."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self._out = rich.console.Console(highlight=False)
+        self._err = rich.console.Console(stderr=True, highlight=False)
+
+    def event(self, name: str, **fields: object) -> None:
+        """Print one JSON event in --json mode; nothing otherwise."""
+        if self.as_json:
+            print(json.dumps({"event": name, **fields}, default=str), flush=True)
+
+    def note(self, text: str) -> None:
+        """Tell people something on stderr."""
+        if not self.as_json:
+            self._err.print(rich.markup.escape(text))
+
+    def result(self, text: str) -> None:
+        """Print a line of a command's result to stdout, for people."""
+        if not self.as_json:
+            self._out.print(rich.markup.escape(text), soft_wrap=True)
+
+    def table(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table of a command's result, for people."""
+        if self.as_json:
+            return
+        table = rich.table.Table(
+            title=title or None, box=rich.box.SIMPLE_HEAD, title_justify="left"
+        )
+        for header in headers:
+            table.add_column(header, overflow="fold")
+        for row in rows:
+            table.add_row(*(rich.markup.escape(cell) for cell in row))
+        self._out.print(table)
+
+    def report(self, report: Report) -> None:
+        """Print a report: a table for people; `step` events and a `report` event for scripts."""
+        for step in report.steps:
+            self.event("step", report=report.title, **vars(step))
+        self.event("report", title=report.title, ok=report.ok)
+        rows = [
+            ["ok" if s.ok else "FAILED", s.name, f"{s.seconds:.1f} s", s.measured, s.limit]
+            for s in report.steps
+        ]
+        self.table(report.title, ["", "step", "time", "measured", "limit"], rows)
+
+    def error(self, error: PhishipError) -> None:
+        """Print an expected error to stderr with its next step."""
+        self.event("error", kind=type(error).__name__, message=str(error), advice=error.advice)
+        if not self.as_json:
+            self._err.print(f"[bold red]error:[/] {rich.markup.escape(str(error))}", soft_wrap=True)
+            if error.advice:
+                self._err.print(f"  {rich.markup.escape(error.advice)}", soft_wrap=True)
+
+    @contextmanager
+    def progress(self, label: str, total_bytes: int) -> Iterator[Advance]:
+        """Show bytes, rate and time left of a long job; yields a function that takes bytes done."""
+        if self.as_json:
+            yield self._json_progress(label, total_bytes)
+            return
+        if not self._err.is_terminal:
+            yield lambda _: None
+            return
+        bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.DownloadColumn(),
+            rich.progress.TransferSpeedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=self._err,
+        )
+        with bar:
+            task = bar.add_task(rich.markup.escape(label), total=total_bytes)
+            yield lambda count: bar.advance(task, count)
+
+    def _json_progress(self, label: str, total_bytes: int) -> Advance:
+        done_bytes = 0
+        shown_percent = -1
+
+        def advance(count: int) -> None:
+            nonlocal done_bytes, shown_percent
+            done_bytes += count
+            percent = 100 * done_bytes // max(1, total_bytes)
+            if percent > shown_percent:
+                shown_percent = percent
+                self.event("progress", label=label, done_bytes=done_bytes, total_bytes=total_bytes)
+
+        return advance
