@@ -1,0 +1,62 @@
+"""Recipes, targets and models by name (bundled) or by path (the user's own)."""
+
+import difflib
+from functools import cache, reduce
+from operator import or_
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from toolkit import formats, yamlfile
+from toolkit.errors import SettingsError
+from toolkit.model import Model
+from toolkit.recipe import Recipe
+from toolkit.target import Target
+
+T = TypeVar("T")
+
+
+def load_recipe(name: str) -> Recipe:
+    """Load a recipe by name or path; SettingsError when it is unknown or wrong."""
+    kinds = [formats.get(name).RECIPE for name in formats.names()]
+    union: Any = reduce(or_, kinds)
+    recipe: Recipe = _load("recipes", name, union)
+    return recipe
+
+
+def load_target(name: str) -> Target:
+    """Load a target by name or path; SettingsError when it is unknown or wrong."""
+    return _load("targets", name, Target)
+
+
+def load_model(name: str) -> Model:
+    """Load a model by name or path; SettingsError when it is unknown or wrong."""
+    return _load("models", name, Model)
+
+
+def names(kind: str) -> list[str]:
+    """Names of the bundled files of a kind: recipes, targets or models."""
+    return sorted(path.stem for path in folder(kind).glob("*.yaml"))
+
+
+@cache
+def folder(kind: str) -> Path:
+    """The folder of bundled files: inside an installed package, or at the top of a checkout."""
+    package = Path(__file__).parent
+    bundled = package / "data" / kind
+    return bundled if bundled.is_dir() else package.parent / kind
+
+
+def _load(kind: str, name: str, struct: type[T]) -> T:
+    is_path = name.endswith((".yaml", ".yml")) or "/" in name
+    path = Path(name) if is_path else folder(kind) / f"{name}.yaml"
+    if not is_path and not path.is_file():
+        close = difflib.get_close_matches(name, names(kind), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else ""
+        raise SettingsError(
+            f"{name!r} is not one of the bundled {kind}",
+            advice=f"{hint} `phiship list` shows all; a path to a .yaml file works too".strip(),
+        )
+    loaded: Any = yamlfile.load(path, struct)
+    return msgspec.structs.replace(loaded, name=path.stem)  # type: ignore[no-any-return]

@@ -1,0 +1,185 @@
+"""A checkpoint in a local folder: config, tensors by row range, tokenizer files."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import fileio
+from toolkit.checkpoint.config import Config, read_config, read_json
+from toolkit.checkpoint.safetensors import DTYPE_BYTES, TensorInfo, read_index
+from toolkit.decoder import Decoder
+from toolkit.errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+RAW_DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+}
+PIECE_WEIGHTS = 1 << 21
+FINGERPRINT_BYTES = 1 << 16
+
+
+def to_float32(raw: NDArray[Any]) -> NDArray[np.float32]:
+    """Widen raw weights (bf16 as uint16 bits, float16 or float32) to float32, exactly."""
+    if raw.dtype == np.uint16:
+        bits: NDArray[np.uint32] = np.left_shift(raw, 16, dtype=np.uint32)
+        return bits.view(np.float32)
+    return raw.astype(np.float32)
+
+
+@dataclass
+class Checkpoint:
+    """A folder of safetensors. Bytes are read on request only; one process, one thread."""
+
+    folder: Path
+    config: Config
+    tensors: dict[str, TensorInfo]
+    revision: str = "local"
+    _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
+    _buffers: dict[np.dtype[Any], NDArray[Any]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path, revision: str = "local") -> "Checkpoint":
+        """Read config and headers of `folder`; CheckpointError when they are missing or damaged."""
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: no such folder",
+                advice="give a folder, or a Hugging Face id such as owner/name@revision",
+            )
+        return cls(folder, read_config(folder / "config.json"), read_index(folder), revision)
+
+    def close(self) -> None:
+        """Close every file that was opened for reading."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        """generation_config.json; empty when there is none."""
+        path = self.folder / "generation_config.json"
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """tokenizer_config.json; empty when there is none."""
+        path = self.folder / "tokenizer_config.json"
+        return read_json(path) if path.is_file() else {}
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every id that ends generation: generation_config.json first, then config.json."""
+        found = self.generation.get("eos_token_id", self.config.fields.get("eos_token_id"))
+        ids = found if isinstance(found, list) else [found]
+        if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise self.config.error("eos_token_id", found, "a token id or a list of them")
+        return tuple(ids)
+
+    def special_id(self, key: str) -> int | None:
+        """`bos_token_id` or `pad_token_id`, generation_config.json first; None when absent."""
+        found = self.generation.get(key, self.config.fields.get(key))
+        return found if isinstance(found, int) else None
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files that are there."""
+        return [self.folder / n for n in TOKENIZER_FILES if (self.folder / n).is_file()]
+
+    def check(self, decoder: Decoder) -> None:
+        """Compare names and shapes with the architecture; CheckpointError on any difference."""
+        shapes = decoder.shapes()
+        where = f"{self.folder}: config.json and the tensors contradict each other"
+        for name, shape in shapes.items():
+            if name not in self.tensors:
+                raise CheckpointError(f"{where}: {name} {list(shape)} is missing")
+            if self.tensors[name].shape != shape:
+                found = list(self.tensors[name].shape)
+                raise CheckpointError(f"{where}: {name}: found {found}; expected {list(shape)}")
+        if unknown := sorted(set(self.tensors) - set(shapes) - self._ignored(decoder)):
+            raise CheckpointError(
+                f"{where}: {unknown[0]} is not part of {self.config.architecture} "
+                f"({len(unknown)} unknown tensors); nothing is dropped silently"
+            )
+
+    def _ignored(self, decoder: Decoder) -> set[str]:
+        """Tensors that may be there and are not used, each for its reason."""
+        tied_copy = {decoder.names.head} if decoder.is_tied else set()
+        rotary = {name for name in self.tensors if name.endswith("rotary_emb.inv_freq")}
+        return tied_copy | rotary
+
+    def read_rows(
+        self, name: str, start: int = 0, count: int | None = None, piece: int = PIECE_WEIGHTS
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yield (first row, raw [rows, columns]) in pieces of about `piece` weights.
+
+        bf16 comes as uint16 bits, float16 and float32 as themselves; vectors count as one row.
+        The array is a buffer that the next step overwrites. CheckpointError when the file ends
+        early.
+        """
+        info = self.tensors[name]
+        columns = info.shape[-1]
+        total = (info.nbytes // DTYPE_BYTES[info.dtype]) // columns
+        stop = total if count is None else start + count
+        dtype = RAW_DTYPES[info.dtype]
+        step = max(1, piece // columns)
+        for row in range(start, stop, step):
+            rows = min(step, stop - row)
+            raw = self._buffer(dtype, max(step * columns, piece))[: rows * columns]
+            offset = info.offset + row * columns * dtype.itemsize
+            try:
+                fileio.read_at(self._descriptor(info.file), fileio.as_bytes(raw), offset)
+            except EOFError as error:
+                raise CheckpointError(f"{self.folder / info.file}: {name}: {error}") from error
+            yield row, raw.reshape(rows, columns)
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """Read a whole tensor as float32; for small tensors and the reference forward."""
+        info = self.tensors[name]
+        out = np.empty(info.shape, np.float32)
+        rows = out.reshape(-1, info.shape[-1])
+        for row, raw in self.read_rows(name):
+            rows[row : row + len(raw)] = to_float32(raw)
+        return out
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = fileio.open_to_read(self.folder / file)
+        return self._descriptors[file]
+
+    def _buffer(self, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
+        if dtype not in self._buffers or self._buffers[dtype].size < size:
+            self._buffers[dtype] = np.empty(size, dtype)
+        return self._buffers[dtype]
+
+    def fingerprint(self) -> str:
+        """Hex sha256 over config, tokenizer, and each tensor's header, first and last 64 KiB.
+
+        Not a hash of every weight: that would cost more than the conversion. Any training step
+        moves weights in the sampled parts.
+        """
+        digest = hashlib.sha256()
+        for path in [self.folder / "config.json", *self.tokenizer_files()]:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+            size = min(FINGERPRINT_BYTES, info.nbytes)
+            piece = bytearray(size)
+            for offset in (info.offset, info.offset + info.nbytes - size):
+                fileio.read_at(self._descriptor(info.file), memoryview(piece), offset)
+                digest.update(piece)
+        return digest.hexdigest()

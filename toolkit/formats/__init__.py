@@ -1,0 +1,95 @@
+"""Output formats: one package each, found by folder name; a module is the interface."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from numpy.typing import NDArray
+
+from toolkit.checkpoint import Checkpoint
+from toolkit.decoder import Decoder
+from toolkit.recipe import Recipe
+from toolkit.stream import DataFile
+
+
+@dataclass(frozen=True)
+class RuntimeNeeds:
+    """What running an artifact takes. `kv_bytes_per_token` counts keys and values of all layers.
+
+    `overhead_bytes` is the engine with its work buffers, measured with the bundled example.
+    `valid_context` is the range of sequence lengths that agree with the source.
+    """
+
+    engine: str
+    provider: str
+    package: str
+    main_file: str
+    kv_bytes_per_token: int
+    overhead_bytes: int
+    valid_context: tuple[int, int]
+    notes: tuple[str, ...] = ()
+
+
+class Session(Protocol):
+    """An artifact open in its own runtime, on this machine."""
+
+    runtime: str
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens parsed, nothing added in front or behind."""
+
+    def logits(self, ids: list[int]) -> NDArray[Any]:
+        """float32 [len(ids), vocabulary]: the logits after every position."""
+
+    def generate(self, ids: list[int], max_tokens: int) -> list[int]:
+        """Greedy continuation; ends after the first stop id, which is included."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class Format(Protocol):
+    """What formats/<name>/__init__.py offers."""
+
+    RECIPE: type[Recipe]
+
+    def check_shape(self, recipe: Recipe, decoder: Decoder) -> None:
+        """PlanError when the recipe cannot hold this architecture (block sizes, features)."""
+
+    def lay_out(self, recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
+        """Place every tensor in the data file; no checkpoint is needed."""
+
+    def needs(self, recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
+        """What the artifact will take at run time."""
+
+    def header_bytes(self, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
+        """What stands before the data in the data file; empty when nothing does."""
+
+    def write_rest(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        decoder: Decoder,
+        checkpoint: Checkpoint,
+        context_length: int,
+    ) -> None:
+        """Write every other file: graph, configuration, tokenizer."""
+
+    def dequantize(self, folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Read the artifact back with the format's own reader: (checkpoint name, float32)."""
+
+    def open_session(self, folder: Path) -> Session:
+        """Open the artifact in its own runtime; MissingExtraError when that is not installed."""
+
+
+def names() -> list[str]:
+    """Names of all formats: the packages in this folder."""
+    return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.ispkg)
+
+
+def get(name: str) -> Format:
+    """The format's module."""
+    return cast(Format, importlib.import_module(f"{__name__}.{name}"))

@@ -1,0 +1,1 @@
+"""Is the artifact still the model? Reference forward, token ids, logits, gate."""

@@ -1,0 +1,64 @@
+"""The runner's command line: `generate` for answers, `agent` for the device side of a push."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .failure import Failure
+from .generate import generate
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; 0 when it succeeded, 1 on an expected failure, 2 on wrong usage."""
+    parser = argparse.ArgumentParser(prog="runner", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    ask = commands.add_parser("generate", help="answer one prompt")
+    ask.add_argument("--artifact", type=Path, required=True, help="folder with a manifest.json")
+    ask.add_argument("--prompt", help="without it, the prompt is read from standard input")
+    ask.add_argument("--max-tokens", type=int, default=256)
+    ask.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    options = parser.parse_args(arguments)
+    try:
+        return _generate(options)
+    except Failure as failure:
+        _report(failure, as_json=options.json)
+        return 1
+
+
+def _generate(options: argparse.Namespace) -> int:
+    prompt = options.prompt
+    if prompt is None:
+        prompt = sys.stdin.buffer.read().decode("utf-8")
+    answer = generate(
+        options.artifact,
+        prompt,
+        options.max_tokens,
+        (lambda piece: None) if options.json else _stream,
+    )
+    if options.json:
+        print(json.dumps(answer))
+    else:
+        print()
+        print(
+            f"{answer['new_tokens']} tokens, {answer['tokens_per_second']:.1f} tokens/s, "
+            f"loaded in {answer['load_seconds']:.1f} s, "
+            f"peak memory {answer['peak_memory_bytes'] / 1e6:.0f} MB, "
+            f"{answer['engine']} on {answer['provider']}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _stream(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _report(failure: Failure, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": failure.to_json()}))
+    else:
+        print(f"error: {failure}\n  {failure.advice}".rstrip(), file=sys.stderr)

@@ -1,0 +1,57 @@
+"""The part of manifest.json that the runner needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .failure import Failure
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Chat template as data: role -> (text before, text after), and the generation prompt."""
+
+    turns: dict[str, tuple[str, str]]
+    generation: str
+    stop_ids: tuple[int, ...]
+    bos_id: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact asks of its runner; `valid_context` is inclusive, in tokens."""
+
+    name: str
+    engine: str
+    provider: str
+    main_file: str
+    valid_context: tuple[int, int]
+    chat: Chat
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `folder`/manifest.json; Failure `artifact` when it is missing or incomplete."""
+    path = folder / "manifest.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        chat, runtime = data["chat"], data["runtime"]
+        lowest, highest = data["valid_context"]
+        return Manifest(
+            name=data["name"],
+            engine=runtime["engine"],
+            provider=runtime["provider"],
+            main_file=runtime["main_file"],
+            valid_context=(int(lowest), int(highest)),
+            chat=Chat(
+                turns={role: (before, after) for role, (before, after) in chat["turns"].items()},
+                generation=chat["generation"],
+                stop_ids=tuple(chat["stop_ids"]),
+                bos_id=chat.get("bos_id"),
+            ),
+        )
+    except FileNotFoundError:
+        raise Failure("artifact", f"{path}: not found: this folder is no artifact") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise Failure("artifact", f"{path}: damaged: {error!r}") from error

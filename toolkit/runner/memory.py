@@ -1,0 +1,21 @@
+"""Memory of this process and of the device."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+
+def read_peak_memory_bytes() -> int:
+    """Return the most resident memory this process ever had.
+
+    Linux: VmHWM, because ru_maxrss counts what the parent held before exec as well.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
