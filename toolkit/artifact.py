@@ -40,12 +40,23 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     bos_id: int | None = None
 
 
-class Smoke(msgspec.Struct, frozen=True, kw_only=True):
+class Smoke(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A question the deployed model must answer with a text that contains `expect`."""
 
     prompt: str
     expect: str
     max_tokens: int = 48
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the gate demands of the artifact against its source, on the probe text.
+
+    `max_kl` is the mean Kullback-Leibler divergence in nats per token, `min_top1` the share of
+    tokens (0 to 1) whose most likely next token is the same.
+    """
+
+    max_kl: float = 0.1
+    min_top1: float = 0.85
 
 
 class Measure(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +101,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     valid_context: tuple[int, int]
     device_memory_bytes: int
     chat: Chat
+    limits: Limits
     smoke: Smoke | None
     quality: Quality
     files: tuple[File, ...]

@@ -32,7 +32,7 @@ class Console:
         self._out = rich.console.Console(highlight=False)
         self._err = rich.console.Console(stderr=True, highlight=False)
 
-    def event(self, name: str, **fields: object) -> None:
+    def event(self, name: str, /, **fields: object) -> None:
         """Print one JSON event in --json mode; nothing otherwise."""
         if self.as_json:
             print(json.dumps({"event": name, **fields}, default=str), flush=True)

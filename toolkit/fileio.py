@@ -75,17 +75,55 @@ def explain_write_error(error: OSError, path: Path | None = None) -> BuildError:
 
 
 def reserve(path: Path, size_bytes: int) -> None:
-    """Create `path` with `size_bytes`, its blocks reserved where the system can."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o644)
+    """Create `path` with `size_bytes`, its blocks reserved where the system can.
+
+    BuildError when the disk is full, or when `path` is there already or cannot be created.
+    """
     try:
-        if hasattr(os, "posix_fallocate") and size_bytes:
-            os.posix_fallocate(descriptor, 0, size_bytes)
-        else:
-            os.ftruncate(descriptor, size_bytes)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o644)
+        try:
+            _allocate(descriptor, size_bytes)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-            os.ftruncate(descriptor, size_bytes)
-        else:
-            raise explain_write_error(error, path) from error
+        raise explain_write_error(error, path) from error
+
+
+def _allocate(descriptor: int, size_bytes: int) -> None:
+    if hasattr(os, "posix_fallocate") and size_bytes:
+        try:
+            return os.posix_fallocate(descriptor, 0, size_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    os.ftruncate(descriptor, size_bytes)
+    return None
+
+
+def write_start(path: Path, content: bytes) -> None:
+    """Write `content` at the start of an existing file."""
+    descriptor = open_to_write(path)
+    try:
+        write_at(descriptor, memoryview(content), 0)
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content durable."""
+    descriptor = os.open(path, os.O_RDWR | BINARY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Make a folder's entries durable, where the system can (not on Windows)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

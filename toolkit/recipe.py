@@ -4,18 +4,7 @@ from typing import Any
 
 import msgspec
 
-from toolkit.artifact import Smoke
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the gate demands of the artifact against its source, on the probe text.
-
-    `max_kl` is the mean Kullback-Leibler divergence in nats per token, `min_top1` the share of
-    tokens (0 to 1) whose most likely next token is the same.
-    """
-
-    max_kl: float = 0.1
-    min_top1: float = 0.85
+from toolkit.artifact import Limits, Smoke
 
 
 class Recipe(

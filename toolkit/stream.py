@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -24,6 +25,8 @@ from toolkit.errors import BuildError, PhishipError
 
 TASK_WEIGHTS = 1 << 23
 ALONE_BELOW_WEIGHTS = 1 << 25
+# What a worker answers: the bytes read, or the error as (class, message, advice).
+Answer = int | tuple[type[PhishipError], str, str]
 
 
 class Encoder(Protocol):
@@ -97,7 +100,7 @@ def stream(
     finally:
         os.close(descriptor)
     tasks = list(_split(data.pieces, base))
-    if workers == 1 or data.weights < ALONE_BELOW_WEIGHTS:
+    if workers <= 1 or data.weights < ALONE_BELOW_WEIGHTS:
         with _Work(checkpoint.folder, path) as work:
             for task in tasks:
                 advance(work.run(task))
@@ -145,13 +148,13 @@ class _Work:
 def _serve(folder: Path, path: Path, parent: Connection) -> None:
     """Worker process: answer each task with the bytes read, or with the error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with _Work(folder, path) as work:
+    with _Work(folder, path) as work, suppress(EOFError, BrokenPipeError):  # The parent is gone.
         while (task := parent.recv()) is not None:
             try:
-                parent.send(work.run(task))
+                answer: Answer = work.run(task)
             except PhishipError as error:
-                parent.send((type(error), str(error), error.advice))
-                return
+                answer = (type(error), str(error), error.advice)
+            parent.send(answer)
 
 
 def _run_in_processes(
@@ -159,33 +162,51 @@ def _run_in_processes(
 ) -> None:
     """Hand tasks to spawned processes as they become free; stop all of them on any way out."""
     context = multiprocessing.get_context("spawn")
-    queue = iter(tasks)
     workers_by_end: dict[Connection, BaseProcess] = {}
     try:
         for _ in range(min(workers, len(tasks))):
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs,), daemon=True)
-            process.start()
+            with _interrupt_held_back():
+                process.start()
+                workers_by_end[ours] = process
             theirs.close()
-            workers_by_end[ours] = process
-            ours.send(next(queue, None))
-        _feed(workers_by_end, queue, advance)
-        for process in workers_by_end.values():
-            process.join()
+        _feed(workers_by_end, iter(tasks), advance)
+        for worker in workers_by_end.values():
+            worker.join()
     finally:
-        for process in workers_by_end.values():
-            process.kill()
-            process.join()
+        for end, worker in workers_by_end.items():
+            worker.kill()
+            worker.join()
+            end.close()
+
+
+@contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Keep Ctrl-C from a process that is being started; it is for the parent to end it.
+
+    The child inherits the mask, so it prints no traceback of its own while it imports.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _feed(
     workers_by_end: Mapping[Connection, BaseProcess], queue: Iterator[Piece], advance: Advance
 ) -> None:
     open_ends = list(workers_by_end)
+    for end in open_ends:
+        _hand_over(end, workers_by_end[end], next(queue, None))
     while open_ends:
         for end in cast("list[Connection]", wait(open_ends)):
             try:
-                answer = end.recv()
+                answer: Answer = end.recv()
             except (EOFError, OSError):
                 raise _explain_death(workers_by_end[end]) from None
             if isinstance(answer, tuple):
@@ -193,9 +214,16 @@ def _feed(
                 raise kind(message, advice=advice)
             advance(answer)
             task = next(queue, None)
-            end.send(task)
+            _hand_over(end, workers_by_end[end], task)
             if task is None:
                 open_ends.remove(end)
+
+
+def _hand_over(end: Connection, process: BaseProcess, task: Piece | None) -> None:
+    try:
+        end.send(task)
+    except OSError:
+        raise _explain_death(process) from None
 
 
 def _explain_death(process: BaseProcess) -> BuildError:
@@ -203,7 +231,8 @@ def _explain_death(process: BaseProcess) -> BuildError:
     code = process.exitcode or 0
     if code >= 0:
         return BuildError(f"a worker process failed with exit code {code}; its error stands above")
+    names = {known.value: known.name for known in signal.Signals}
     return BuildError(
-        f"a worker process was killed by {signal.Signals(-code).name}",
+        f"a worker process was killed by {names.get(-code, f'signal {-code}')}",
         advice="SIGKILL most likely means that memory ran out: give fewer --workers",
     )

@@ -17,7 +17,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     name: str = ""
     title: str
     system: Literal["linux", "macos", "android", "ios", "windows"]
-    arch: Literal["aarch64", "x86_64"]
+    arch: Literal["aarch64", "x86_64", "any"]
     memory: ByteSize
     reserved_memory: ByteSize
     disk: ByteSize

@@ -17,13 +17,13 @@ HELD_OUT_TOPIC_ONE_IN = 20
 
 # How often each kind is asked; sums have the most to learn, small talk the least.
 KIND_SHARES = {
-    "sum": 0.42,
-    "capital": 0.18,
-    "country": 0.10,
-    "count": 0.10,
-    "opposite": 0.06,
-    "next": 0.03,
-    "previous": 0.03,
+    "sum": 0.30,
+    "capital": 0.24,
+    "country": 0.15,
+    "opposite": 0.10,
+    "count": 0.05,
+    "next": 0.04,
+    "previous": 0.04,
     "sound": 0.025,
     "young": 0.025,
     "colour": 0.02,

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 HELD_OUT_ONE_IN = 10
-LARGEST_ADDEND = 40
-LARGEST_COUNT = 30
-LONGEST_COUNT = 20
+LARGEST_ADDEND = 20
+LARGEST_COUNT = 20
+LONGEST_COUNT = 10
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",

@@ -3,9 +3,10 @@
 Only this script and what it imports need torch, transformers and sentencepiece; nothing else in
 the project does. Make an environment of its own for them, then train (or only measure again):
 
-    python -m venv /tmp/train && /tmp/train/bin/pip install torch transformers sentencepiece protobuf
-    /tmp/train/bin/python examples/tiny-phi3/train.py
-    /tmp/train/bin/python examples/tiny-phi3/train.py --evaluate
+    python -m venv .venv-train
+    .venv-train/bin/pip install torch transformers sentencepiece protobuf
+    .venv-train/bin/python examples/tiny-phi3/train.py
+    .venv-train/bin/python examples/tiny-phi3/train.py --evaluate
 
 The seeds are fixed and everything runs on two CPU threads, so a second run with the same versions
 on the same kind of processor gives the same weights; other versions give slightly different ones.
@@ -31,7 +32,7 @@ WARMUP_STEPS = 60
 PEAK_LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.1
 # Short and long rows in turn: answers at the start of the context, and anywhere within it.
-ROW_SHAPES = ((32, 128), (8, CONTEXT_TOKENS))
+ROW_SHAPES = ((16, 128), (4, CONTEXT_TOKENS))
 STOP_TOKENS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 
 

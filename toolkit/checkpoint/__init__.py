@@ -1,6 +1,7 @@
 """A checkpoint in a local folder: config, tensors by row range, tokenizer files."""
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from toolkit import fileio
 from toolkit.checkpoint.config import Config, read_config, read_json
-from toolkit.checkpoint.safetensors import DTYPE_BYTES, TensorInfo, read_index
+from toolkit.checkpoint.safetensors import TensorInfo, read_index
 from toolkit.decoder import Decoder
 from toolkit.errors import CheckpointError
 
@@ -32,6 +33,7 @@ RAW_DTYPES: dict[str, np.dtype[Any]] = {
 }
 PIECE_WEIGHTS = 1 << 21
 FINGERPRINT_BYTES = 1 << 16
+LOCAL_REVISION = "local"
 
 
 def to_float32(raw: NDArray[Any]) -> NDArray[np.float32]:
@@ -49,16 +51,16 @@ class Checkpoint:
     folder: Path
     config: Config
     tensors: dict[str, TensorInfo]
-    revision: str = "local"
+    revision: str = LOCAL_REVISION
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
     _buffers: dict[np.dtype[Any], NDArray[Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, folder: Path, revision: str = "local") -> "Checkpoint":
+    def open(cls, folder: Path, revision: str = LOCAL_REVISION) -> "Checkpoint":
         """Read config and headers of `folder`; CheckpointError when they are missing or damaged."""
         if not folder.is_dir():
             raise CheckpointError(
-                f"{folder}: no such folder",
+                f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}",
                 advice="give a folder, or a Hugging Face id such as owner/name@revision",
             )
         return cls(folder, read_config(folder / "config.json"), read_index(folder), revision)
@@ -101,8 +103,13 @@ class Checkpoint:
 
     def check(self, decoder: Decoder) -> None:
         """Compare names and shapes with the architecture; CheckpointError on any difference."""
-        shapes = decoder.shapes()
         where = f"{self.folder}: config.json and the tensors contradict each other"
+        if decoder.layers > len(self.tensors):
+            raise CheckpointError(
+                f"{where}: config.json says {decoder.layers} layers; "
+                f"found only {len(self.tensors)} tensors"
+            )
+        shapes = decoder.shapes()
         for name, shape in shapes.items():
             if name not in self.tensors:
                 raise CheckpointError(f"{where}: {name} {list(shape)} is missing")
@@ -127,23 +134,22 @@ class Checkpoint:
         """Yield (first row, raw [rows, columns]) in pieces of about `piece` weights.
 
         bf16 comes as uint16 bits, float16 and float32 as themselves; vectors count as one row.
-        The array is a buffer that the next step overwrites. CheckpointError when the file ends
-        early.
+        The array is a buffer that the next step overwrites, of whichever tensor: one iterator at
+        a time. CheckpointError when the file ends early; IndexError for rows that are not there.
         """
         info = self.tensors[name]
         columns = info.shape[-1]
-        total = (info.nbytes // DTYPE_BYTES[info.dtype]) // columns
+        total = math.prod(info.shape[:-1])
         stop = total if count is None else start + count
+        if not 0 <= start <= stop <= total:
+            raise IndexError(f"{name}: rows {start} to {stop}; it has {total}")
         dtype = RAW_DTYPES[info.dtype]
         step = max(1, piece // columns)
         for row in range(start, stop, step):
             rows = min(step, stop - row)
             raw = self._buffer(dtype, max(step * columns, piece))[: rows * columns]
             offset = info.offset + row * columns * dtype.itemsize
-            try:
-                fileio.read_at(self._descriptor(info.file), fileio.as_bytes(raw), offset)
-            except EOFError as error:
-                raise CheckpointError(f"{self.folder / info.file}: {name}: {error}") from error
+            self._read_at(info, fileio.as_bytes(raw), offset)
             yield row, raw.reshape(rows, columns)
 
     def read(self, name: str) -> NDArray[np.float32]:
@@ -154,6 +160,12 @@ class Checkpoint:
         for row, raw in self.read_rows(name):
             rows[row : row + len(raw)] = to_float32(raw)
         return out
+
+    def _read_at(self, info: TensorInfo, view: memoryview, offset: int) -> None:
+        try:
+            fileio.read_at(self._descriptor(info.file), view, offset)
+        except (EOFError, OSError) as error:
+            raise CheckpointError(f"{self.folder / info.file}: {info.name}: {error}") from error
 
     def _descriptor(self, file: str) -> int:
         if file not in self._descriptors:
@@ -166,13 +178,14 @@ class Checkpoint:
         return self._buffers[dtype]
 
     def fingerprint(self) -> str:
-        """Hex sha256 over config, tokenizer, and each tensor's header, first and last 64 KiB.
+        """Hex sha256 over configs, tokenizer, and each tensor's header, first and last 64 KiB.
 
         Not a hash of every weight: that would cost more than the conversion. Any training step
         moves weights in the sampled parts.
         """
         digest = hashlib.sha256()
-        for path in [self.folder / "config.json", *self.tokenizer_files()]:
+        configs = [self.folder / "config.json", self.folder / "generation_config.json"]
+        for path in [*filter(Path.is_file, configs), *self.tokenizer_files()]:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         for name in sorted(self.tensors):
             info = self.tensors[name]
@@ -180,6 +193,6 @@ class Checkpoint:
             size = min(FINGERPRINT_BYTES, info.nbytes)
             piece = bytearray(size)
             for offset in (info.offset, info.offset + info.nbytes - size):
-                fileio.read_at(self._descriptor(info.file), memoryview(piece), offset)
+                self._read_at(info, memoryview(piece), offset)
                 digest.update(piece)
         return digest.hexdigest()

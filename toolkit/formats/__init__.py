@@ -47,6 +47,9 @@ class Session(Protocol):
     def generate(self, ids: list[int], max_tokens: int) -> list[int]:
         """Greedy continuation; ends after the first stop id, which is included."""
 
+    def stops(self, token: int) -> bool:
+        """True when the runtime ends generation on this token."""
+
     def close(self) -> None:
         """Free the model."""
 
@@ -55,6 +58,7 @@ class Format(Protocol):
     """What formats/<name>/__init__.py offers."""
 
     RECIPE: type[Recipe]
+    PACKAGES: tuple[str, ...]  # whose versions the manifest records
 
     def check_shape(self, recipe: Recipe, decoder: Decoder) -> None:
         """PlanError when the recipe cannot hold this architecture (block sizes, features)."""

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from .agent.commands import add_arguments, run_agent
 from .failure import Failure
 from .generate import generate
 
@@ -20,11 +21,13 @@ def main(arguments: list[str]) -> int:
     ask.add_argument("--prompt", help="without it, the prompt is read from standard input")
     ask.add_argument("--max-tokens", type=int, default=256)
     ask.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    add_arguments(commands.add_parser("agent", help="the device side of a push"))
     options = parser.parse_args(arguments)
+    is_agent = options.command == "agent"
     try:
-        return _generate(options)
+        return run_agent(options) if is_agent else _generate(options)
     except Failure as failure:
-        _report(failure, as_json=options.json)
+        _report(failure, as_json=is_agent or options.json)
         return 1
 
 
@@ -36,7 +39,7 @@ def _generate(options: argparse.Namespace) -> int:
         options.artifact,
         prompt,
         options.max_tokens,
-        (lambda piece: None) if options.json else _stream,
+        _ignore if options.json else _stream,
     )
     if options.json:
         print(json.dumps(answer))
@@ -50,6 +53,10 @@ def _generate(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _ignore(piece: str) -> None:
+    del piece
 
 
 def _stream(piece: str) -> None:

@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= build
+
+.PHONY: help setup demo test check bench clean
+
+help:
+	@echo "make demo   set up, convert the bundled Phi-3, push it over SSH, ask it a question there"
+	@echo "make test   set up, run the tests"
+	@echo "make check  set up, lint and type-check"
+	@echo "make bench  set up, compare with the vendors' converters (bench/README.md says what it needs)"
+	@echo "make setup  only make $(VENV) with everything"
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/phiship ship examples/tiny-phi3 embedded --recipe tiny-phi3-onnx-cpu-int4 --out $(OUT)
+	$(BIN)/phiship ship examples/tiny-phi3 embedded --recipe tiny-phi3-gguf-q4_0 --out $(OUT)
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python bench/convert.py --help
+
+clean:
+	rm -rf $(VENV) $(OUT)

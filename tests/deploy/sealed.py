@@ -1,0 +1,75 @@
+"""Sealed folders of random bytes: all that transfer and staging need."""
+
+import random
+from pathlib import Path
+
+from toolkit.artifact import (
+    SCHEMA,
+    Chat,
+    Manifest,
+    Quality,
+    Runtime,
+    Smoke,
+    Source,
+    list_files,
+    write_manifest,
+)
+from toolkit.ssh.transfer import Blob
+from toolkit.artifact import hash_file
+
+QUESTION = Smoke(prompt="Is anybody there?", expect="yes", max_tokens=4)
+
+
+def seal_noise(
+    folder: Path,
+    *,
+    seed: int = 0,
+    size_bytes: int = 300_000,
+    checked: bool = True,
+    smoke: Smoke | None = QUESTION,
+    memory_bytes: int = 1_000_000,
+) -> Path:
+    """Write an artifact whose weights are noise; it can be pushed and not run."""
+    noise = random.Random(seed)
+    (folder / "parts").mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(noise.randbytes(1000))
+    (folder / "parts" / "model.data").write_bytes(noise.randbytes(size_bytes))
+    (folder / "empty.txt").write_bytes(b"")
+    runtime = Runtime(
+        engine="onnxruntime_genai",
+        provider="cpu",
+        package="onnxruntime-genai",
+        version="0.11.0",
+        main_file="model.onnx",
+    )
+    chat = Chat(
+        turns={"user": ("<|user|>\n", "<|end|>\n")},
+        generation="<|assistant|>\n",
+        stop_ids=(3,),
+        stop_texts=("<|end|>",),
+    )
+    manifest = Manifest(
+        schema=SCHEMA,
+        name=f"noise {seed}",
+        format="onnx",
+        plan_digest="0" * 64,
+        plan={},
+        source=Source(model="noise", revision="none", digest="0" * 64),
+        tools={},
+        runtime=runtime,
+        context_length=512,
+        valid_context=(1, 512),
+        device_memory_bytes=memory_bytes,
+        chat=chat,
+        smoke=smoke,
+        quality=Quality(checked=checked, runtime="none"),
+        files=list_files(folder),
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+def make_blob(path: Path, content: bytes) -> Blob:
+    """Write a file and describe it as a blob."""
+    path.write_bytes(content)
+    return Blob(path.name, path, hash_file(path), len(content))

@@ -1,0 +1,131 @@
+"""GGUF for llama.cpp: Q4_0, Q8_0, Q4_K_M, Q5_K_M, Q6_K, F16, BF16."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.checkpoint import Checkpoint
+from toolkit.decoder import Decoder
+from toolkit.errors import PlanError
+from toolkit.formats import RuntimeNeeds
+from toolkit.formats.gguf import header, layout, reader
+from toolkit.formats.gguf.mix import BASE_TYPES, UNQUANTIZED, find_fallbacks
+from toolkit.formats.gguf.ollama import write_modelfile
+from toolkit.formats.gguf.recipe import GgufRecipe
+from toolkit.formats.gguf.session import GgufSession
+from toolkit.formats.gguf.vocabulary import read_vocabulary
+from toolkit.recipe import Recipe
+from toolkit.stream import DataFile
+
+RECIPE = GgufRecipe
+PACKAGES = ("gguf", "sentencepiece", "xllamacpp")
+MULTIPLE = 32  # the smallest block
+CONTEXT_MULTIPLE = 256  # llama.cpp rounds the context up to it
+CACHE_BYTES = 2  # keys and values in float16
+OVERHEAD_BYTES = 250_000_000
+
+
+def check_shape(recipe: Recipe, decoder: Decoder) -> None:
+    """PlanError when rows hold no whole blocks, or llama.cpp's phi3 lacks a feature."""
+    recipe = cast(GgufRecipe, recipe)
+    precision = recipe.quantization.precision
+    rows = {"hidden_size": decoder.hidden, "intermediate_size": decoder.intermediate}
+    for name, columns in rows.items():
+        if BASE_TYPES[precision] not in UNQUANTIZED and columns % MULTIPLE:
+            raise PlanError(
+                f"{recipe.name}: quantization.precision: {precision} needs rows that are multiples "
+                f"of {MULTIPLE}; this model has {name} {columns}; allowed f16, bf16"
+            )
+    if decoder.heads * decoder.head_dim != decoder.hidden:
+        raise PlanError(
+            f"{recipe.name}: llama.cpp's phi3 needs heads x head_dim = hidden_size; this model has "
+            f"{decoder.heads} x {decoder.head_dim} and {decoder.hidden}"
+        )
+    if decoder.rope.short_scale != decoder.rope.long_scale:
+        raise PlanError(
+            f"{recipe.name}: llama.cpp has one scale for LongRoPE; this model has short_mscale "
+            f"{decoder.rope.short_scale} and long_mscale {decoder.rope.long_scale}"
+        )
+
+
+def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
+    """Place every tensor in model.gguf; the context does not matter to the file."""
+    del context_length
+    return layout.lay_out(cast(GgufRecipe, recipe), decoder)
+
+
+def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
+    """What llama.cpp takes to run it on the CPU."""
+    valid, notes = _valid_context(decoder, context_length)
+    return RuntimeNeeds(
+        engine="llama_cpp",
+        provider="cpu",
+        package="xllamacpp",
+        main_file=layout.DATA_FILE,
+        kv_bytes_per_token=decoder.kv_bytes_per_token(CACHE_BYTES),
+        overhead_bytes=OVERHEAD_BYTES,
+        valid_context=valid,
+        notes=(*notes, *_fallback_notes(cast(GgufRecipe, recipe), decoder)),
+    )
+
+
+def header_bytes(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
+    """Metadata, tokenizer and tensor infos, padded to the data's alignment."""
+    return header.header_bytes(cast(GgufRecipe, recipe), decoder, checkpoint)
+
+
+def write_rest(
+    folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, context_length: int
+) -> None:
+    """Write a Modelfile for Ollama; llama.cpp itself needs the one file only."""
+    del recipe
+    tokens = read_vocabulary(checkpoint.folder, decoder.vocab)
+    text = write_modelfile(checkpoint, tokens, context_length)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Read the artifact back: (checkpoint name, float32)."""
+    return reader.dequantize(folder, decoder)
+
+
+def open_session(folder: Path) -> GgufSession:
+    """Open the artifact in llama.cpp, on the CPU."""
+    return GgufSession(folder)
+
+
+def _valid_context(decoder: Decoder, context_length: int) -> tuple[tuple[int, int], list[str]]:
+    """Lengths that agree with the source when `context_length` tokens are allocated."""
+    first, last = 1, min(context_length, decoder.context)
+    notes = []
+    if decoder.window is not None and decoder.window < last:
+        last = decoder.window
+        notes.append(
+            f"llama.cpp has no sliding window for phi3: beyond {last} tokens the model attends to "
+            "more than its source does, and answers differ"
+        )
+    original = decoder.rope.original_context
+    allocated = -(-context_length // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
+    if decoder.rope.is_long and allocated > original:
+        first = original + 1
+        notes.append(
+            f"llama.cpp picks LongRoPE's factors by the allocated context: with {allocated} the "
+            f"long ones hold for short texts too, where the source uses the short ones; allocate "
+            f"{original} or less for texts that short"
+        )
+    return (first, last), notes
+
+
+def _fallback_notes(recipe: GgufRecipe, decoder: Decoder) -> list[str]:
+    """Say where rows are no multiple of 256."""
+    found = find_fallbacks(recipe.quantization.precision, decoder)
+    if not found:
+        return []
+    kinds = ", ".join(sorted({kind.name for kind in found.values()}))
+    text = (
+        f"{len(found)} tensors whose rows are no multiple of 256 are {kinds}, as in llama-quantize"
+    )
+    return [text]

@@ -1,0 +1,125 @@
+"""The head of model.gguf: metadata and tensor infos, written by gguf-py.
+
+Keys follow Phi3MiniModel of llama.cpp's convert_hf_to_gguf.py and the GGUF specification.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toolkit.checkpoint import Checkpoint
+from toolkit.decoder import Decoder
+from toolkit.errors import CheckpointError, require
+from toolkit.formats.gguf.layout import ALIGN_BYTES, place
+from toolkit.formats.gguf.mix import FILE_TYPES
+from toolkit.formats.gguf.recipe import GgufRecipe
+from toolkit.formats.gguf.stripping import name_model, strip_template, texts_to_strip
+from toolkit.formats.gguf.vocabulary import Token, read_vocabulary
+
+STRIP_KEY = "phiship.tokenizer.strip_after"
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION (ggml.h)
+# Tokens that llama.cpp takes for the end of generation by their text (src/llama-vocab.cpp)
+KNOWN_STOPS = ("<|end|>", "<|endoftext|>", "</s>")
+
+
+def header_bytes(recipe: GgufRecipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
+    """Everything before the data, padded to its alignment."""
+    writer = require("gguf").GGUFWriter(path=None, arch="phi3")
+    tokens = read_vocabulary(checkpoint.folder, decoder.vocab)
+    _add_general(writer, recipe, decoder, tokens)
+    _add_architecture(writer, decoder, checkpoint)
+    _add_tokenizer(writer, checkpoint, tokens)
+    _add_tensors(writer, recipe, decoder)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        head = path.read_bytes()
+    return head + bytes(-len(head) % ALIGN_BYTES)
+
+
+def _add_general(
+    writer: Any, recipe: GgufRecipe, decoder: Decoder, tokens: Sequence[Token]
+) -> None:
+    total = sum(int(np.prod(shape)) for shape in decoder.shapes().values())
+    writer.add_type("model")
+    writer.add_name(name_model(recipe.model, tokens))
+    writer.add_size_label(require("gguf").size_label(total, total, 0, 0))
+    writer.add_file_type(FILE_TYPES[recipe.quantization.precision])
+    writer.add_quantization_version(QUANTIZATION_VERSION)
+
+
+def _add_architecture(writer: Any, decoder: Decoder, checkpoint: Checkpoint) -> None:
+    rope = decoder.rope
+    writer.add_context_length(decoder.context)
+    writer.add_rope_scaling_orig_ctx_len(rope.original_context)
+    writer.add_embedding_length(decoder.hidden)
+    writer.add_feed_forward_length(decoder.intermediate)
+    writer.add_block_count(decoder.layers)
+    writer.add_head_count(decoder.heads)
+    writer.add_head_count_kv(decoder.kv_heads)
+    writer.add_layer_norm_rms_eps(decoder.norm_epsilon)
+    writer.add_rope_dimension_count(rope.rotary_dim)
+    writer.add_rope_freq_base(rope.theta)
+    # Always there: several runtimes refuse a phi3 file without it. The checkpoint's own number,
+    # as the converter has it, even where the window is wider than the context.
+    writer.add_sliding_window(checkpoint.config.fields.get("sliding_window") or 0)
+    if rope.is_long:
+        writer.add_rope_scaling_attn_factors(rope.long_scale)
+
+
+def _add_tokenizer(writer: Any, checkpoint: Checkpoint, tokens: Sequence[Token]) -> None:
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([token.text for token in tokens])
+    writer.add_token_scores([token.score for token in tokens])
+    writer.add_token_types([int(token.kind) for token in tokens])
+    logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of Phi-3's own post-processor
+    special = require("gguf").SpecialVocab(checkpoint.folder, n_vocab=len(tokens))
+    strippers = texts_to_strip(tokens)
+    if strippers:
+        writer.add_string(STRIP_KEY, json.dumps(strippers))
+    if isinstance(special.chat_template, str):
+        special.chat_template = strip_template(special.chat_template, strippers)
+    special.special_token_ids.setdefault("eos", checkpoint.stop_ids[0])
+    special.add_to_gguf(writer, quiet=True)
+    _add_stops(writer, checkpoint, tokens, special.special_token_ids["eos"])
+
+
+def _add_stops(writer: Any, checkpoint: Checkpoint, tokens: Sequence[Token], end_id: int) -> None:
+    """Name every stop id: besides `eos` GGUF has room for an end of turn and one of message."""
+    if (last := max(checkpoint.stop_ids)) >= len(tokens):
+        raise checkpoint.config.error("eos_token_id", last, f"ids below {len(tokens)}")
+    turn_id = next((i for i in checkpoint.stop_ids if tokens[i].text == "<|end|>"), None)
+    others = [i for i in checkpoint.stop_ids if i != end_id and tokens[i].text not in KNOWN_STOPS]
+    if turn_id is None and others:
+        turn_id = others.pop(0)
+    if len(others) > 1:
+        texts = ", ".join(repr(tokens[i].text) for i in others)
+        raise CheckpointError(
+            f"{checkpoint.folder}: eos_token_id: a GGUF file can name one more stop token besides "
+            f"those that llama.cpp knows ({', '.join(KNOWN_STOPS)}); found {texts}"
+        )
+    if turn_id is not None:
+        writer.add_eot_token_id(turn_id)
+    if others:
+        writer.add_eom_token_id(others[0])
+
+
+def _add_tensors(writer: Any, recipe: GgufRecipe, decoder: Decoder) -> None:
+    types = require("gguf").GGMLQuantizationType
+    for tensor in place(recipe, decoder)[0]:
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),  # only looked at where raw_dtype is not given
+            tensor.nbytes,
+            raw_dtype=types(int(tensor.kind)),
+        )

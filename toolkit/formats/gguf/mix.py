@@ -1,0 +1,114 @@
+"""Which tensor gets which ggml type.
+
+Follows llama-quantize (llama.cpp, src/llama-quant.cpp: llama_tensor_get_type_impl and
+tensor_type_fallback) for the phi3 architecture without an importance matrix, and
+convert_hf_to_gguf.py for f16 and bf16.
+"""
+
+from collections.abc import Iterator
+from enum import IntEnum
+
+from toolkit.decoder import Decoder
+from toolkit.formats.gguf.recipe import Precision
+
+
+class GgmlType(IntEnum):
+    """ggml_type (ggml.h), those that are written here."""
+
+    F32 = 0
+    F16 = 1
+    Q4_0 = 2
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    BF16 = 30
+
+    @property
+    def block_weights(self) -> int:
+        """Weights a block holds; a row is a whole number of blocks."""
+        return BLOCKS[self][0]
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row."""
+        weights, size_bytes = BLOCKS[self]
+        return columns // weights * size_bytes
+
+
+# (weights, bytes) of a block: ggml-common.h
+BLOCKS = {
+    GgmlType.F32: (1, 4),
+    GgmlType.F16: (1, 2),
+    GgmlType.BF16: (1, 2),
+    GgmlType.Q4_0: (32, 18),
+    GgmlType.Q5_0: (32, 22),
+    GgmlType.Q5_1: (32, 24),
+    GgmlType.Q8_0: (32, 34),
+    GgmlType.Q4_K: (256, 144),
+    GgmlType.Q5_K: (256, 176),
+    GgmlType.Q6_K: (256, 210),
+}
+BASE_TYPES: dict[Precision, GgmlType] = {
+    "f16": GgmlType.F16,
+    "bf16": GgmlType.BF16,
+    "q4_0": GgmlType.Q4_0,
+    "q8_0": GgmlType.Q8_0,
+    "q4_k_m": GgmlType.Q4_K,
+    "q5_k_m": GgmlType.Q5_K,
+    "q6_k": GgmlType.Q6_K,
+}
+# llama_ftype (llama.h), as general.file_type
+FILE_TYPES: dict[Precision, int] = {
+    "f16": 1,
+    "q4_0": 2,
+    "q8_0": 7,
+    "q4_k_m": 15,
+    "q5_k_m": 17,
+    "q6_k": 18,
+    "bf16": 32,
+}
+UNQUANTIZED = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
+# Where a row is no multiple of 256
+SMALL_BLOCK = {
+    GgmlType.Q4_K: GgmlType.Q5_0,
+    GgmlType.Q5_K: GgmlType.Q5_1,
+    GgmlType.Q6_K: GgmlType.Q8_0,
+}
+
+
+def choose_types(precision: Precision, decoder: Decoder) -> dict[str, GgmlType]:
+    """Type of every tensor, by checkpoint name; rows must be multiples of 32 to be quantized."""
+    return _wanted_types(precision, decoder) | find_fallbacks(precision, decoder)
+
+
+def find_fallbacks(precision: Precision, decoder: Decoder) -> dict[str, GgmlType]:
+    """Tensors whose rows are no multiple of 256, and the type with smaller blocks they get."""
+    shapes = decoder.shapes()
+    return {
+        name: SMALL_BLOCK[kind]
+        for name, kind in _wanted_types(precision, decoder).items()
+        if kind in SMALL_BLOCK and shapes[name][-1] % kind.block_weights
+    }
+
+
+def _wanted_types(precision: Precision, decoder: Decoder) -> dict[str, GgmlType]:
+    base, names, layers = BASE_TYPES[precision], decoder.names, decoder.layers
+    shapes = decoder.shapes()
+    wanted = {name: base if len(shape) > 1 else GgmlType.F32 for name, shape in shapes.items()}
+    if base not in (*UNQUANTIZED, GgmlType.Q8_0):
+        wanted[decoder.head_name] = GgmlType.Q6_K
+    if precision in ("q4_k_m", "q5_k_m"):
+        for layer in _sensitive_layers(layers):
+            wanted[names.qkv.format(layer)] = GgmlType.Q6_K
+            wanted[names.down.format(layer)] = GgmlType.Q6_K
+    return wanted
+
+
+def _sensitive_layers(layers: int) -> Iterator[int]:
+    """The first and the last eighth of the layers, and every third between (use_more_bits)."""
+    eighth = layers // 8
+    for layer in range(layers):
+        if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
+            yield layer

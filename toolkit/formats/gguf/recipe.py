@@ -1,0 +1,21 @@
+"""What a recipe for GGUF can say."""
+
+from typing import Literal
+
+import msgspec
+
+from toolkit.recipe import Recipe
+
+Precision = Literal["q4_0", "q8_0", "q4_k_m", "q5_k_m", "q6_k", "f16", "bf16"]
+
+
+class GgufQuantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How weights are stored: the mixes of llama-quantize by their names, in lower case."""
+
+    precision: Precision
+
+
+class GgufRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="gguf"):
+    """An artifact for llama.cpp and what is built on it: Ollama, LlamaEdge, LM Studio."""
+
+    quantization: GgufQuantization

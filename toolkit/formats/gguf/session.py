@@ -1,0 +1,130 @@
+"""An artifact open in llama.cpp on this machine."""
+
+import ctypes
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.errors import ArtifactError
+from toolkit.formats.gguf.header import STRIP_KEY
+from toolkit.formats.gguf.layout import DATA_FILE
+from toolkit.formats.gguf.llama import VERSION, Batch, attempt, load_llama
+from toolkit.formats.gguf.stripping import strip_text
+
+THREADS = min(2, os.cpu_count() or 1)
+BATCH_TOKENS = 128  # logits of so many positions are in memory at once, besides the result
+STRIP_VALUE_BYTES = 1 << 16
+
+
+class GgufSession:
+    """Runs the artifact on the CPU, with keys and values in float16.
+
+    Each call allocates the context it needs and no more: llama.cpp picks LongRoPE's factors by the
+    allocated context, so that the long ones hold exactly where the source uses them too (when
+    original_max_position_embeddings is a multiple of 256).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._llama = load_llama()
+        path = folder / DATA_FILE
+        params = self._llama.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._model, reason = attempt(
+            lambda: self._llama.llama_model_load_from_file(os.fsencode(path), params)
+        )
+        if not self._model:
+            raise ArtifactError(f"{path}: llama.cpp does not load it: {reason}")
+        self._vocab = self._llama.llama_model_get_vocab(self._model)
+        self._vocab_size = self._llama.llama_vocab_n_tokens(self._vocab)
+        self._strippers = self._read_strippers()
+        self.runtime = f"xllamacpp {VERSION} (llama.cpp), cpu"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens parsed, nothing added.
+
+        White space behind some special tokens is dropped first where llama.cpp would keep it and
+        the source does not: see stripping.py.
+        """
+        raw = strip_text(text, self._strippers).encode()
+        ids = np.empty(len(raw) + 8, np.int32)  # no token is shorter than a byte
+        count = self._llama.llama_tokenize(
+            self._vocab, raw, len(raw), ids.ctypes.data, len(ids), False, True
+        )
+        if count < 0:
+            raise ArtifactError(f"llama.cpp cannot tokenize a text of {len(raw)} bytes: {count}")
+        return [int(token) for token in ids[:count]]
+
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
+        """float32 [len(ids), vocabulary]."""
+        with _Context(self._llama, self._model, self._vocab_size, len(ids)) as context:
+            return context.extend(ids)
+
+    def generate(self, ids: list[int], max_tokens: int) -> list[int]:
+        """Greedy continuation; ends after the first stop id, which is included."""
+        tokens: list[int] = []
+        length = len(ids) + max_tokens
+        with _Context(self._llama, self._model, self._vocab_size, length) as context:
+            while len(tokens) < max_tokens and not (tokens and self.stops(tokens[-1])):
+                logits = context.extend(tokens[-1:] or ids, last_only=True)
+                tokens.append(int(logits[-1].argmax()))
+        return tokens
+
+    def stops(self, token: int) -> bool:
+        """True when the runtime ends generation on this token."""
+        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+
+    def close(self) -> None:
+        """Free the model."""
+        self._llama.llama_model_free(self._model)
+        self._model = None
+
+    def _read_strippers(self) -> list[str]:
+        value = ctypes.create_string_buffer(STRIP_VALUE_BYTES)
+        found = self._llama.llama_model_meta_val_str(
+            self._model, STRIP_KEY.encode(), value, len(value)
+        )
+        return list(json.loads(value.value)) if found > 0 else []
+
+
+class _Context:
+    """A sequence that grows; freed on leaving the block."""
+
+    def __init__(self, llama: ctypes.CDLL, model: int, vocab_size: int, length: int) -> None:
+        self._llama, self._vocab_size = llama, vocab_size
+        params = llama.llama_context_default_params()
+        params.n_ctx = length
+        params.n_batch = params.n_ubatch = BATCH_TOKENS
+        params.n_outputs_max = params.n_outputs_max_per_seq = 0  # every position of a batch
+        params.n_threads = params.n_threads_batch = THREADS
+        self._context, reason = attempt(lambda: llama.llama_init_from_model(model, params))
+        if not self._context:
+            raise ArtifactError(f"llama.cpp cannot allocate a context of {length}: {reason}")
+
+    def __enter__(self) -> "_Context":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._llama.llama_free(self._context)
+
+    def extend(self, ids: list[int], last_only: bool = False) -> NDArray[np.float32]:
+        """Append ids; logits after each of them, or after the last one."""
+        out = np.empty((1 if last_only else len(ids), self._vocab_size), np.float32)
+        for start in range(0, len(ids), BATCH_TOKENS):
+            part = np.array(ids[start : start + BATCH_TOKENS], np.int32)
+            wanted = np.full(len(part), not last_only, np.int8)
+            wanted[-1] = True
+            batch = Batch(len(part), part.ctypes.data, None, None, None, None, wanted.ctypes.data)
+            status, reason = attempt(partial(self._llama.llama_decode, self._context, batch))
+            if status:
+                raise ArtifactError(f"llama.cpp failed to decode (status {status}): {reason}")
+            rows = int(wanted.sum())
+            found = np.ctypeslib.as_array(
+                self._llama.llama_get_logits(self._context), (rows, self._vocab_size)
+            )
+            first = 0 if last_only else start
+            out[first : first + rows] = found
+        return out

@@ -1,0 +1,69 @@
+"""White space behind special tokens: where llama.cpp and the source's tokenizer part.
+
+In the source each added token says by itself whether white space behind it is dropped (`rstrip`).
+GGUF cannot say it. llama.cpp (src/llama-vocab.cpp) drops it behind every special token but <unk>,
+<s> and <|endoftext|> when general.name contains "phi-3" or "phi3", and behind none otherwise. The
+first is Phi-3 as published in April 2024; Phi-3.5 and later revisions keep it behind <|user|>,
+<|system|> and <|end|> and fit neither. For them the name must not contain "phi-3", and the white
+space is dropped from the text itself: in the chat template, and before a session tokenizes.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+from toolkit.formats.gguf.vocabulary import Token, TokenType
+
+NAMES_THAT_STRIP = re.compile("phi-?3", re.IGNORECASE)
+KEPT_BY_LLAMA_CPP = ("<unk>", "<s>", "<|endoftext|>")
+STRIPPED_BY_LLAMA_CPP = ("</s>",)
+# White_Space of Unicode, as the tokenizers library drops it; Python's \s has four more.
+WHITE_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+SPECIAL = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
+
+
+def llama_cpp_agrees(tokens: Sequence[Token]) -> bool:
+    """True when llama.cpp's rule for names with "phi-3" is the source's rule."""
+    texts = {token.text for token in tokens}
+    if not texts.issuperset((*KEPT_BY_LLAMA_CPP, *STRIPPED_BY_LLAMA_CPP)):
+        return False  # llama.cpp looks these four up and does not load a file without one
+    special = {token.text for token in tokens if token.kind in SPECIAL}
+    expected = (special | {*STRIPPED_BY_LLAMA_CPP}) - {*KEPT_BY_LLAMA_CPP}
+    return expected == {token.text for token in tokens if token.strips}
+
+
+def name_model(name: str, tokens: Sequence[Token]) -> str:
+    """general.name: with "phi-3" where llama.cpp's rule for such names fits, else without."""
+    if not llama_cpp_agrees(tokens):
+        return NAMES_THAT_STRIP.sub("phi 3", name)
+    return name if NAMES_THAT_STRIP.search(name) else f"phi-3 {name}"
+
+
+def texts_to_strip(tokens: Sequence[Token]) -> list[str]:
+    """Tokens behind which white space must be dropped from the text itself."""
+    if llama_cpp_agrees(tokens):
+        return []
+    return sorted(token.text for token in tokens if token.strips)
+
+
+def strip_text(text: str, strippers: Iterable[str]) -> str:
+    """Drop white space behind each of `strippers`; the source's token ids stay the same."""
+    alternatives = "|".join(map(re.escape, strippers))
+    return re.sub(f"({alternatives}){WHITE_SPACE}+", r"\1", text) if alternatives else text
+
+
+def strip_template(template: str, strippers: Iterable[str]) -> str:
+    """Wrap a chat template so that what it renders has no white space behind `strippers`.
+
+    Only what templates write is dropped: the one line break that follows a role.
+    """
+    used = [text for text in strippers if _appears(text, template)]
+    if not used:
+        return template
+    filters = "".join(f" | replace({json.dumps(t + chr(10))}, {json.dumps(t)})" for t in used)
+    return f"{{% set rendered %}}{template}{{% endset %}}{{{{ rendered{filters} }}}}"
+
+
+def _appears(text: str, template: str) -> bool:
+    """Templates put <|role|> together from the role's name, so look for <|assistant|> always."""
+    return text in template or text == "<|assistant|>"

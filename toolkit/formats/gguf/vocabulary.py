@@ -1,0 +1,135 @@
+"""The tokenizer as llama.cpp wants it: text, score and type of every id.
+
+Follows Phi3MiniModel.set_vocab of llama.cpp's converter. It needs tokenizer.model; here a
+checkpoint with tokenizer.json alone will do, since its merges carry the same order.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from toolkit.checkpoint.config import read_json
+from toolkit.errors import CheckpointError, UnsupportedError, require
+
+PADDING_SCORE = -10000.0
+ADDED_SCORE = -1000.0
+
+
+class TokenType(IntEnum):
+    """llama_token_type (llama.h); SentencePiece numbers its types alike."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Token:
+    """An entry of the vocabulary; `strips` says that the source drops white space behind it."""
+
+    text: str
+    score: float
+    kind: TokenType
+    strips: bool = False
+
+
+def read_vocabulary(folder: Path, size: int) -> list[Token]:
+    """Every id below `size`, unused ones as [PADn]; CheckpointError when the tokenizer has more."""
+    tokens = {token_id: _padding(token_id) for token_id in range(size)}
+    tokens |= _read_pieces(folder)
+    tokens |= _read_added(folder)
+    if len(tokens) > size:
+        last = max(tokens)
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokens[last].text!r} with id {last}; "
+            f"config.json says vocab_size {size}"
+        )
+    return [tokens[token_id] for token_id in range(size)]
+
+
+def _padding(token_id: int) -> Token:
+    return Token(f"[PAD{token_id}]", PADDING_SCORE, TokenType.UNUSED)
+
+
+def _read_pieces(folder: Path) -> dict[int, Token]:
+    if (folder / "tokenizer.model").is_file():
+        return _read_sentencepiece(folder / "tokenizer.model")
+    if (folder / "tokenizer.json").is_file():
+        return _read_merges(folder / "tokenizer.json")
+    raise CheckpointError(
+        f"{folder}: found neither tokenizer.model nor tokenizer.json",
+        advice="copy the tokenizer's files beside the weights",
+    )
+
+
+def _read_sentencepiece(path: Path) -> dict[int, Token]:
+    library = require("sentencepiece")
+    try:
+        model = library.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{path}: not a SentencePiece model: {error}") from error
+
+    def kind(token_id: int) -> TokenType:
+        for test, found in (
+            (model.is_unknown, TokenType.UNKNOWN),
+            (model.is_control, TokenType.CONTROL),
+            (model.is_unused, TokenType.UNUSED),
+            (model.is_byte, TokenType.BYTE),
+        ):
+            if test(token_id):
+                return found
+        return TokenType.NORMAL
+
+    return {
+        i: Token(model.id_to_piece(i), model.get_score(i), kind(i))
+        for i in range(model.vocab_size())
+    }
+
+
+def _read_merges(path: Path) -> dict[int, Token]:
+    """SentencePiece's score of a piece is minus the rank of the merge that makes it."""
+    model = read_json(path).get("model", {})
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        raise UnsupportedError(
+            f"{path}: model: got {model.get('type')!r} without byte_fallback; "
+            "supported: BPE with byte_fallback, as Phi-3 has it"
+        )
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault("".join(pair), rank)
+    return {
+        token_id: _merged(text, ranks.get(text, len(ranks)), model.get("unk_token"))
+        for text, token_id in model["vocab"].items()
+    }
+
+
+def _merged(text: str, rank: int, unknown: str | None) -> Token:
+    if text == unknown:
+        return Token(text, 0.0, TokenType.UNKNOWN)
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        return Token(text, 0.0, TokenType.BYTE)
+    return Token(text, -float(rank), TokenType.NORMAL)
+
+
+def _read_added(folder: Path) -> dict[int, Token]:
+    """Added tokens of all three files; the later file wins."""
+    added: dict[int, Token] = {}
+    for text, token_id in _read(folder / "added_tokens.json").items():
+        added[token_id] = Token(text, ADDED_SCORE, TokenType.USER_DEFINED)
+    decoder = _read(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    entries = [(int(token_id), entry) for token_id, entry in decoder.items()]
+    listed = _read(folder / "tokenizer.json").get("added_tokens", [])
+    entries += [(int(entry["id"]), entry) for entry in listed]
+    for token_id, entry in entries:
+        kind = TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
+        added[token_id] = Token(entry["content"], ADDED_SCORE, kind, bool(entry.get("rstrip")))
+    return added
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

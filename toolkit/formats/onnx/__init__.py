@@ -1,0 +1,105 @@
+"""ONNX for onnxruntime-genai: int4 (MatMulNBits), fp16, fp32; for CPU, CUDA and phones."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import __version__
+from toolkit.checkpoint import Checkpoint
+from toolkit.decoder import Decoder
+from toolkit.errors import PlanError
+from toolkit.formats import RuntimeNeeds
+from toolkit.formats.onnx import genai, graph, layout, reader
+from toolkit.formats.onnx.recipe import OnnxRecipe
+from toolkit.formats.onnx.session import OnnxSession
+from toolkit.recipe import Recipe
+from toolkit.stream import DataFile
+
+RECIPE = OnnxRecipe
+PACKAGES = ("onnx", "onnxruntime", "onnxruntime-genai")
+ROTARY_MULTIPLE = 16  # GroupQueryAttention takes cos tables whose width is a multiple of 8
+OVERHEAD_BYTES = {"cpu": 250_000_000, "cuda": 900_000_000}
+
+
+def check_shape(recipe: Recipe, decoder: Decoder) -> None:
+    """PlanError when a row is no multiple of the block, or the rotary width does not suit."""
+    recipe = cast(OnnxRecipe, recipe)
+    size = recipe.quantization.block_size
+    for name, columns in (
+        ("hidden_size", decoder.hidden),
+        ("intermediate_size", decoder.intermediate),
+        ("heads x head_dim", decoder.heads * decoder.head_dim),
+    ):
+        if recipe.is_quantized and columns % size:
+            fits = [str(n) for n in (16, 32, 64, 128, 256) if columns % n == 0]
+            raise PlanError(
+                f"{recipe.name}: quantization.block_size: {size} does not divide {name} {columns}; "
+                f"allowed {', '.join(fits) or 'none (use fp16 or fp32)'}"
+            )
+    if decoder.rope.rotary_dim % ROTARY_MULTIPLE:
+        raise PlanError(
+            f"{recipe.name}: onnxruntime takes rotary widths that are multiples of "
+            f"{ROTARY_MULTIPLE}; this model has {decoder.rope.rotary_dim}"
+        )
+
+
+def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
+    """Place every tensor in model.onnx.data."""
+    return layout.lay_out(cast(OnnxRecipe, recipe), decoder, context_length).data_file()
+
+
+def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
+    """What onnxruntime-genai takes to run it."""
+    recipe = cast(OnnxRecipe, recipe)
+    is_cuda = recipe.provider == "cuda"
+    notes = []
+    if layout.rope_rows(decoder.rope, context_length)[1]:
+        notes.append(
+            f"beyond {decoder.rope.original_context} tokens the long rotary factors hold: "
+            "onnxruntime-genai computes the whole sequence anew there, once"
+        )
+    return RuntimeNeeds(
+        engine="onnxruntime_genai",
+        provider=recipe.provider,
+        package="onnxruntime-genai-cuda" if is_cuda else "onnxruntime-genai",
+        main_file="model.onnx",
+        kv_bytes_per_token=decoder.kv_bytes_per_token(2 if recipe.io_dtype == "float16" else 4),
+        overhead_bytes=OVERHEAD_BYTES[recipe.provider],
+        valid_context=(1, context_length),
+        notes=tuple(notes),
+    )
+
+
+def header_bytes(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
+    """Nothing stands before the data."""
+    del recipe, decoder, checkpoint
+    return b""
+
+
+def write_rest(
+    folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, context_length: int
+) -> None:
+    """Write model.onnx, genai_config.json and the tokenizer's files, verbatim."""
+    recipe = cast(OnnxRecipe, recipe)
+    placed = layout.lay_out(recipe, decoder, context_length)
+    model = graph.make_model(placed, f"phiship {__version__}")
+    (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    config = genai.make_config(recipe, decoder, checkpoint, context_length)
+    (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for path in checkpoint.tokenizer_files():
+        shutil.copyfile(path, folder / path.name)
+
+
+def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Read the artifact back: (checkpoint name, float32)."""
+    return reader.dequantize(folder, decoder)
+
+
+def open_session(folder: Path) -> OnnxSession:
+    """Open the artifact in onnxruntime-genai, on the CPU provider."""
+    return OnnxSession(folder)

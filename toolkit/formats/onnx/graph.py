@@ -1,0 +1,275 @@
+"""The ONNX graph: operators of com.microsoft as onnxruntime-genai expects them.
+
+Source: the operators' contracts in onnxruntime/docs/ContribOperators.md, and the graphs that
+onnxruntime_genai.models.builder writes.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from toolkit.decoder import Decoder
+from toolkit.errors import require
+from toolkit.formats.onnx.layout import DATA_FILE, Layout, Stored, rope_rows
+
+MICROSOFT = "com.microsoft"
+IR_VERSION = 10
+OPSET = 21
+
+
+def make_model(layout: Layout, producer: str) -> Any:
+    """Build the ModelProto: offsets into the data file, no weights."""
+    onnx = require("onnx")
+    graph = _Graph(onnx, layout)
+    _add_decoder(graph)
+    proto = onnx.helper.make_graph(
+        graph.nodes,
+        "phi3",
+        _inputs(graph),
+        _outputs(graph),
+        [_initializer(onnx, stored) for stored in layout.stored.values()],
+    )
+    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(MICROSOFT, 1)]
+    return onnx.helper.make_model(
+        proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name=producer
+    )
+
+
+@dataclass
+class _Graph:
+    """Nodes in order; each helper adds one and returns the name of its first output."""
+
+    onnx: Any
+    layout: Layout
+    nodes: list[Any] = field(default_factory=list)
+    constants: dict[tuple[int, ...], str] = field(default_factory=dict)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.layout.decoder
+
+    def elem(self, dtype: str) -> int:
+        """ONNX's number of an element type."""
+        return int(getattr(self.onnx.TensorProto, ONNX_NAMES[dtype]))
+
+    def add(
+        self, op: str, inputs: list[str], name: str, domain: str = "", **attributes: Any
+    ) -> str:
+        """Add a node with one output, named after the node."""
+        return self.add_many(op, inputs, name, [f"{name}/output"], domain, **attributes)
+
+    def add_many(
+        self, op: str, inputs: list[str], name: str, outputs: list[str], domain: str = "",
+        **attributes: Any,
+    ) -> str:  # fmt: skip
+        """Add a node with several outputs; an empty name leaves one out."""
+        make = self.onnx.helper.make_node
+        self.nodes.append(make(op, inputs, outputs, name=name, domain=domain, **attributes))
+        return outputs[0]
+
+    def integers(self, *values: int, scalar: bool = False) -> str:
+        """An int64 constant."""
+        key = (scalar, *values)
+        if key not in self.constants:
+            name = f"/constants/{'scalar' if scalar else 'list'}/{'_'.join(map(str, values))}"
+            shape = [] if scalar else [len(values)]
+            tensor = self.onnx.helper.make_tensor("", self.elem("int64"), shape, values)
+            self.nodes.append(self.onnx.helper.make_node("Constant", [], [name], value=tensor))
+            self.constants[key] = name
+        return self.constants[key]
+
+
+ONNX_NAMES = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "uint8": "UINT8",
+    "int32": "INT32",
+    "int64": "INT64",
+}
+
+
+def _add_decoder(graph: _Graph) -> None:
+    decoder = graph.decoder
+    lengths = _add_lengths(graph)
+    cos, sin = _add_rope(graph, lengths.total_int64)
+    residual = _add_embedding(graph)
+    branch = ""
+    for layer in range(decoder.layers):
+        prefix = f"model.layers.{layer}"
+        normed, residual = _add_norm(graph, f"{prefix}.input_layernorm", residual, branch)
+        branch = _add_attention(graph, layer, normed, lengths, cos, sin)
+        normed, residual = _add_norm(graph, f"{prefix}.post_attention_layernorm", residual, branch)
+        branch = _add_mlp(graph, f"{prefix}.mlp", normed)
+    normed, _ = _add_norm(graph, "model.norm", residual, branch)
+    head_bits = graph.layout.recipe.quantization.head_bits
+    _add_linear(graph, "lm_head", normed, head_bits, output="logits")
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """What attention needs of the mask: int32 last positions, int32 and int64 total length."""
+
+    last_positions: str
+    total: str
+    total_int64: str
+
+
+def _add_lengths(graph: _Graph) -> _Lengths:
+    one = graph.integers(1)
+    count = graph.add("ReduceSum", ["attention_mask", one], "/mask/count", keepdims=0)
+    last = graph.add("Sub", [count, one], "/mask/last")
+    shape = graph.add("Shape", ["attention_mask"], "/mask/shape")
+    total = graph.add("Gather", [shape, graph.integers(1, scalar=True)], "/mask/total", axis=0)
+    int32 = graph.elem("int32")
+    return _Lengths(
+        graph.add("Cast", [last], "/mask/last_int32", to=int32),
+        graph.add("Cast", [total], "/mask/total_int32", to=int32),
+        total,
+    )
+
+
+def _add_rope(graph: _Graph, total: str) -> tuple[str, str]:
+    """Names of cos and sin; with LongRoPE the long rows once the sequence outgrows the short."""
+    rope = graph.decoder.rope
+    short, long = rope_rows(rope, graph.layout.context_length)
+    if not long:
+        return "cos_table", "sin_table"
+    limit = graph.integers(short, scalar=True)
+    is_long = graph.add("Greater", [total, limit], "/rope/is_long")
+    flag = graph.add("Cast", [is_long], "/rope/flag", to=graph.elem("int64"))
+    start = graph.add("Mul", [flag, limit], "/rope/start")
+    end = graph.add("Add", [start, total], "/rope/end")
+    one = graph.integers(1)
+    first = graph.add("Reshape", [start, one], "/rope/first")
+    last = graph.add("Reshape", [end, one], "/rope/last")
+    axis = graph.integers(0)
+    cos = graph.add("Slice", ["cos_table", first, last, axis], "/rope/cos")
+    sin = graph.add("Slice", ["sin_table", first, last, axis], "/rope/sin")
+    return cos, sin
+
+
+def _add_embedding(graph: _Graph) -> str:
+    name = "model.embed_tokens.weight"
+    rows = graph.add("Gather", [name, "input_ids"], "/embed/gather")
+    io_dtype = graph.layout.recipe.io_dtype
+    if graph.layout.stored[name].dtype == io_dtype:
+        return rows
+    return graph.add("Cast", [rows], "/embed/cast", to=graph.elem(io_dtype))
+
+
+def _add_norm(graph: _Graph, name: str, residual: str, branch: str) -> tuple[str, str]:
+    """RMSNorm of residual + branch; returns it and the new residual."""
+    weight, node = f"{name}.weight", f"/{name.replace('.', '/')}"
+    epsilon = graph.decoder.norm_epsilon
+    if not branch:
+        op = "SimplifiedLayerNormalization"
+        normed = graph.add(op, [residual, weight], node, epsilon=epsilon, axis=-1, stash_type=1)
+        return normed, residual
+    is_final = name == "model.norm"
+    outputs = [f"{node}/output"] + ([] if is_final else ["", "", f"{node}/residual"])
+    op = "SkipSimplifiedLayerNormalization"
+    normed = graph.add_many(
+        op, [residual, branch, weight], node, outputs, MICROSOFT, epsilon=epsilon
+    )
+    return normed, outputs[-1]
+
+
+def _add_linear(graph: _Graph, name: str, value: str, bits: int = 4, output: str = "") -> str:
+    recipe, stored = graph.layout.recipe, graph.layout.stored
+    node = f"/{name.replace('.', '/')}"
+    output = output or f"{node}/output"
+    if not recipe.is_quantized:
+        return graph.add_many("MatMul", [value, f"{name}.weight"], node, [output])
+    codes = stored[f"{name}.weight_Q{bits}"]
+    rows, blocks, _ = codes.shape
+    size = recipe.quantization.block_size
+    inputs = [value, codes.name, f"{name}.weight_scales"]
+    if not recipe.quantization.symmetric:
+        inputs.append(f"{name}.weight_zero_points")
+    level = 0 if recipe.provider == "cuda" else recipe.quantization.accuracy_level
+    attributes = {"accuracy_level": level} if level else {}
+    return graph.add_many(
+        "MatMulNBits", inputs, node, [output], MICROSOFT,
+        K=blocks * size, N=rows, bits=bits, block_size=size, **attributes,
+    )  # fmt: skip
+
+
+def _add_attention(
+    graph: _Graph, layer: int, value: str, lengths: _Lengths, cos: str, sin: str
+) -> str:
+    decoder, prefix = graph.decoder, f"model.layers.{layer}.attn"
+    qkv = _add_linear(graph, f"{prefix}.qkv_proj", value)
+    node = f"/model/layers/{layer}/attn/gqa"
+    past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
+    present = [f"present.{layer}.{part}" for part in ("key", "value")]
+    attended = graph.add_many(
+        "GroupQueryAttention",
+        [qkv, "", "", *past, lengths.last_positions, lengths.total, cos, sin],
+        node,
+        [f"{node}/output", *present],
+        MICROSOFT,
+        num_heads=decoder.heads,
+        kv_num_heads=decoder.kv_heads,
+        scale=1 / math.sqrt(decoder.head_dim),
+        local_window_size=decoder.window or -1,
+        do_rotary=1,
+        rotary_interleaved=0,
+    )
+    return _add_linear(graph, f"{prefix}.o_proj", attended)
+
+
+def _add_mlp(graph: _Graph, prefix: str, value: str) -> str:
+    node = f"/{prefix.replace('.', '/')}"
+    gate = _add_linear(graph, f"{prefix}.gate_proj", value)
+    up = _add_linear(graph, f"{prefix}.up_proj", value)
+    sigmoid = graph.add("Sigmoid", [gate], f"{node}/sigmoid")
+    silu = graph.add("Mul", [gate, sigmoid], f"{node}/silu")
+    gated = graph.add("Mul", [silu, up], f"{node}/gated")
+    return _add_linear(graph, f"{prefix}.down_proj", gated)
+
+
+def _inputs(graph: _Graph) -> list[Any]:
+    info, int64 = graph.onnx.helper.make_tensor_value_info, graph.elem("int64")
+    return [
+        info("input_ids", int64, ["batch_size", "sequence_length"]),
+        info("attention_mask", int64, ["batch_size", "total_sequence_length"]),
+        *_cache(graph, "past_key_values", "past_sequence_length"),
+    ]
+
+
+def _outputs(graph: _Graph) -> list[Any]:
+    info = graph.onnx.helper.make_tensor_value_info
+    elem = graph.elem(graph.layout.recipe.io_dtype)
+    shape = ["batch_size", "sequence_length", graph.decoder.vocab]
+    return [
+        info("logits", elem, shape),
+        *_cache(graph, "present", "total_sequence_length"),
+    ]
+
+
+def _cache(graph: _Graph, prefix: str, length: str) -> list[Any]:
+    decoder = graph.decoder
+    elem = graph.elem(graph.layout.recipe.io_dtype)
+    shape = ["batch_size", decoder.kv_heads, length, decoder.head_dim]
+    return [
+        graph.onnx.helper.make_tensor_value_info(f"{prefix}.{layer}.{part}", elem, shape)
+        for layer in range(decoder.layers)
+        for part in ("key", "value")
+    ]
+
+
+def _initializer(onnx: Any, stored: Stored) -> Any:
+    tensor = onnx.TensorProto(
+        name=stored.name,
+        data_type=getattr(onnx.TensorProto, ONNX_NAMES[stored.dtype]),
+        dims=stored.shape,
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, value in (
+        ("location", DATA_FILE),
+        ("offset", stored.offset),
+        ("length", stored.nbytes),
+    ):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

@@ -1,0 +1,81 @@
+"""Read an artifact back with onnx's own reader and dequantize it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.decoder import Decoder
+from toolkit.errors import require
+
+
+def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield (checkpoint name, float32 weights) for every tensor of the decoder."""
+    weights = _Weights(folder)
+    names = decoder.names
+    yield names.embedding, weights.plain("model.embed_tokens.weight")
+    for layer in range(decoder.layers):
+        prefix = f"model.layers.{layer}"
+        yield names.attention_norm.format(layer), weights.plain(f"{prefix}.input_layernorm.weight")
+        yield names.qkv.format(layer), weights.linear(f"{prefix}.attn.qkv_proj")
+        yield names.attention_out.format(layer), weights.linear(f"{prefix}.attn.o_proj")
+        yield (
+            names.mlp_norm.format(layer),
+            weights.plain(f"{prefix}.post_attention_layernorm.weight"),
+        )
+        gate, up = (
+            weights.linear(f"{prefix}.mlp.gate_proj"),
+            weights.linear(f"{prefix}.mlp.up_proj"),
+        )
+        yield names.gate_up.format(layer), np.concatenate([gate, up])
+        yield names.down.format(layer), weights.linear(f"{prefix}.mlp.down_proj")
+    yield names.final_norm, weights.plain("model.norm.weight")
+    yield decoder.head_name, weights.linear("lm_head")
+
+
+class _Weights:
+    """Initializers by name, read one at a time; MatMulNBits nodes say how each is coded."""
+
+    def __init__(self, folder: Path) -> None:
+        self._onnx = require("onnx")
+        self._folder = folder
+        model = self._onnx.load(str(folder / "model.onnx"), load_external_data=False)
+        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._nodes = {node.name: node for node in model.graph.node}
+
+    def plain(self, name: str) -> NDArray[np.float32]:
+        """A float tensor as float32."""
+        return self._array(name).astype(np.float32)
+
+    def linear(self, name: str) -> NDArray[np.float32]:
+        """An [out, in] matrix: value = (code - zero point) * scale."""
+        node = self._nodes[f"/{name.replace('.', '/')}"]
+        if node.op_type == "MatMul":
+            return np.ascontiguousarray(self.plain(node.input[1]).T)
+        bits = next(a.i for a in node.attribute if a.name == "bits")
+        codes = _unpack(self._array(node.input[1]), bits)
+        rows, blocks, _ = codes.shape
+        scales = self.plain(node.input[2]).reshape(rows, blocks, 1)
+        middle = np.float32(1 << (bits - 1))
+        points: Any = middle
+        if len(node.input) > 3:
+            packed = self._array(node.input[3]).reshape(rows, -1)
+            points = _unpack(packed, bits)[:, :blocks, None]
+        weights: NDArray[np.float32] = (codes - points) * scales
+        return weights.reshape(rows, -1)
+
+    def _array(self, name: str) -> NDArray[Any]:
+        array: NDArray[Any] = self._onnx.numpy_helper.to_array(
+            self._tensors[name], base_dir=str(self._folder)
+        )
+        return array
+
+
+def _unpack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
+    """Codes as float32, the low half of a byte first; the last axis grows for 4 bits."""
+    if bits == 8:
+        return codes.astype(np.float32)
+    pairs = np.stack([codes & 15, codes >> 4], axis=-1)
+    return pairs.reshape(*codes.shape[:-1], -1).astype(np.float32)

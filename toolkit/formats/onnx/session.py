@@ -1,0 +1,58 @@
+"""An artifact open in onnxruntime-genai on this machine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.errors import require
+
+
+class OnnxSession:
+    """Runs the artifact on the CPU provider, whatever provider it was built for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._genai = require("onnxruntime_genai")
+        config = self._genai.Config(str(folder))
+        config.clear_providers()
+        self._model = self._genai.Model(config)
+        settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        self._stops = set(settings["model"]["eos_token_id"])
+        self._tokenizer = self._genai.Tokenizer(self._model)
+        self.runtime = f"onnxruntime-genai {self._genai.__version__}, cpu"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens parsed, nothing added."""
+        return [int(token) for token in self._tokenizer.encode(text)]
+
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
+        """float32 [len(ids), vocabulary]."""
+        generator = self._generator(len(ids) + 1)
+        generator.append_tokens(np.array([ids], np.int32))
+        logits: NDArray[np.float32] = np.asarray(generator.get_output("logits"))[0].astype("f4")
+        return logits
+
+    def generate(self, ids: list[int], max_tokens: int) -> list[int]:
+        """Greedy continuation; ends after the first stop id, which is included."""
+        generator = self._generator(len(ids) + max_tokens)
+        generator.append_tokens(np.array([ids], np.int32))
+        tokens: list[int] = []
+        while len(tokens) < max_tokens and not generator.is_done():
+            generator.generate_next_token()
+            tokens.append(int(generator.get_next_tokens()[0]))
+        return tokens
+
+    def stops(self, token: int) -> bool:
+        """True when the runtime ends generation on this token."""
+        return token in self._stops
+
+    def close(self) -> None:
+        """Free the model."""
+        del self._tokenizer, self._model
+
+    def _generator(self, max_length: int) -> Any:
+        params = self._genai.GeneratorParams(self._model)
+        params.set_search_options(max_length=max_length, do_sample=False)
+        return self._genai.Generator(self._model, params)

@@ -1,0 +1,137 @@
+"""What the looking commands show: lists, plans, probes, status."""
+
+from pathlib import Path
+
+import msgspec
+
+from toolkit import catalog
+from toolkit.checkpoint.config import Config
+from toolkit.checkpoint.hub import resolve
+from toolkit.console import Console, format_bytes
+from toolkit.decoder import Decoder
+from toolkit.families import read_decoder
+from toolkit.plan import Plan, check_fit, make_plan
+from toolkit.recipe import Recipe
+from toolkit.target import Target
+
+
+def show_list(kind: str, console: Console) -> None:
+    """Show the bundled recipes, targets or models."""
+    rows = []
+    for name in catalog.names(kind):
+        if kind == "targets":
+            target = catalog.load_target(name)
+            rows.append([name, target.title, ", ".join(target.runs), target.verified])
+        elif kind == "recipes":
+            rows.append([name, catalog.load_recipe(name).title])
+        else:
+            model = catalog.load_model(name)
+            rows.append([name, model.title, f"{model.id}@{model.revision[:12]}"])
+        console.event(kind.removesuffix("s"), name=name, title=rows[-1][1])
+    headers = {
+        "recipes": ["recipe", "what it makes"],
+        "targets": ["target", "device", "runs", "verified"],
+        "models": ["model", "what it is", "pinned revision"],
+    }[kind]
+    console.table("", headers, rows)
+
+
+def show_plan(
+    recipe_name: str, target_name: str | None, checkpoint: str | None, context: int | None,
+    workers: int | None, memory_bytes: int | None, console: Console,
+) -> None:  # fmt: skip
+    """Show the plan; PlanError when it does not fit the target."""
+    recipe = catalog.load_recipe(recipe_name)
+    target = catalog.load_target(target_name) if target_name else None
+    decoder = _decoder(recipe, checkpoint, console)
+    plan = make_plan(
+        recipe, decoder, context_length=context, workers=workers, memory_bytes=memory_bytes
+    )
+    rows = _settings(plan) + _costs(plan, target)
+    console.event(
+        "plan",
+        recipe=recipe.name,
+        settings=recipe.settings(),
+        context_length=plan.context_length,
+        digest=plan.digest,
+        artifact_bytes=plan.artifact_bytes,
+        build_memory_bytes=plan.build_memory_bytes,
+        gate_memory_bytes=plan.gate_memory_bytes,
+        kv_bytes=plan.kv_bytes,
+        device_memory_bytes=plan.device_memory_bytes,
+        device_disk_bytes=plan.device_disk_bytes,
+        notes=plan.needs.notes,
+    )
+    title = f"plan {recipe.name}" + (f" for {target.name}" if target else "")
+    console.table(title, ["", ""], rows)
+    for note in plan.needs.notes:
+        console.note(f"note: {note}")
+    if target:
+        check_fit(plan, target)
+        console.note(f"fits {target.name}")
+
+
+def _decoder(recipe: Recipe, checkpoint: str | None, console: Console) -> Decoder:
+    if checkpoint:
+        opened = resolve(checkpoint, console)
+        decoder = read_decoder(opened.config)
+        opened.check(decoder)
+        return decoder
+    model = catalog.load_model(recipe.model)
+    return read_decoder(Config(f"models/{model.name}.yaml", model.config))
+
+
+def _settings(plan: Plan) -> list[list[str]]:
+    rows = [["recipe", plan.recipe.name]]
+    settings = plan.recipe.settings()
+    nested = settings.pop("quantization", {})
+    settings["context_length"] = plan.context_length
+    rows += [[key, _text(value)] for key, value in settings.items()]
+    rows += [[f"quantization.{key}", _text(value)] for key, value in nested.items()]
+    limits = msgspec.to_builtins(plan.recipe.check)
+    rows += [[f"check.{key}", _text(value)] for key, value in limits.items()]
+    first, last = plan.needs.valid_context
+    rows.append(["agrees with the source at", f"{first} to {last} tokens"])
+    return rows
+
+
+def _costs(plan: Plan, target: Target | None) -> list[list[str]]:
+    has = f" of {format_bytes(target.usable_memory_bytes)} on {target.name}" if target else ""
+    conversion = f"{format_bytes(plan.build_memory_bytes)} with {plan.workers} workers"
+    parts = (
+        f"weights {format_bytes(plan.data.size_bytes)} + cache {format_bytes(plan.kv_bytes)} "
+        f"+ engine {format_bytes(plan.needs.overhead_bytes)}"
+    )
+    return [
+        ["artifact", format_bytes(plan.artifact_bytes)],
+        ["build: disk", format_bytes(plan.artifact_bytes)],
+        ["build: memory", f"{conversion}; the gate {format_bytes(plan.gate_memory_bytes)}"],
+        ["device: memory", f"{format_bytes(plan.device_memory_bytes)}{has} = {parts}"],
+        ["device: disk", format_bytes(plan.device_disk_bytes)],
+    ]
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def show_probe(device_name: str, devices_file: Path | None, console: Console) -> None:
+    """Show the facts of a device."""
+    from toolkit.deploy import probe
+    from toolkit.device import resolve_device
+
+    facts = msgspec.to_builtins(probe(resolve_device(device_name, devices_file)))
+    console.event("facts", device=device_name, **facts)
+    rows = [[key, _text(value)] for key, value in facts.items() if value not in (None, "")]
+    console.table(f"probe {device_name}", ["fact", "found"], rows)
+
+
+def show_status(device_name: str, devices_file: Path | None, console: Console) -> None:
+    """Show what is deployed on a device."""
+    from toolkit.deploy import read_status
+    from toolkit.device import resolve_device
+
+    found = msgspec.to_builtins(read_status(resolve_device(device_name, devices_file)))
+    console.event("status", device=device_name, **found)
+    rows = [[key, _text(value)] for key, value in found.items() if value not in (None, "")]
+    console.table(f"status {device_name}", ["", ""], rows)

@@ -1,0 +1,177 @@
+"""A plan: recipe x architecture x target with every default filled in and every cost predicted."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+
+from toolkit import __version__, catalog, formats
+from toolkit.console import format_bytes
+from toolkit.decoder import Decoder
+from toolkit.errors import PhishipError, PlanError
+from toolkit.formats import RuntimeNeeds
+from toolkit.recipe import Recipe
+from toolkit.stream import DataFile
+from toolkit.target import Target
+
+# Resident memory of the converting processes, measured with bench/convert.py and rounded up.
+PARENT_BYTES = 150_000_000
+WORKER_BYTES = 150_000_000
+# Small files beside the weights (graph, tokenizer, GGUF header): Phi-3's tokenizer is 2.4 MB.
+REST_BYTES = 5_000_000
+RUNNER_BYTES = 1_000_000
+MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be built and what it would cost; bytes everywhere."""
+
+    recipe: Recipe
+    decoder: Decoder
+    context_length: int
+    data: DataFile
+    needs: RuntimeNeeds
+    workers: int
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Size of the artifact: exact for the weights, rounded up for the small files."""
+        return self.data.size_bytes + REST_BYTES
+
+    @property
+    def kv_bytes(self) -> int:
+        """The cache of keys and values at the plan's context length."""
+        return self.needs.kv_bytes_per_token * self.context_length
+
+    @property
+    def device_memory_bytes(self) -> int:
+        """Weights, cache and engine together."""
+        return self.data.size_bytes + self.kv_bytes + self.needs.overhead_bytes
+
+    @property
+    def device_disk_bytes(self) -> int:
+        """What a first push puts on the device."""
+        return self.artifact_bytes + RUNNER_BYTES
+
+    @property
+    def build_memory_bytes(self) -> int:
+        """Resident memory of the conversion, all processes; the gate then loads the artifact."""
+        return PARENT_BYTES + self.workers * WORKER_BYTES
+
+    @property
+    def gate_memory_bytes(self) -> int:
+        """Resident memory of the gate: the artifact in its own runtime on this machine."""
+        return self.data.size_bytes + self.needs.overhead_bytes + PARENT_BYTES
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 over all that changes bytes: settings, architecture, context, version."""
+        content = {
+            "phiship": __version__,
+            "settings": self.recipe.settings(),
+            "decoder": asdict(self.decoder),
+            "context_length": self.context_length,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(
+    recipe: Recipe,
+    decoder: Decoder,
+    *,
+    context_length: int | None = None,
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+) -> Plan:
+    """Fill in every default; PlanError when the recipe cannot hold this architecture."""
+    context = context_length or recipe.context_length or decoder.context
+    if context > decoder.context:
+        raise PlanError(
+            f"{recipe.name}: context_length: got {context}; this model allows {decoder.context}",
+            advice=f"set context_length to {decoder.context} or less, or give --context",
+        )
+    module = formats.get(recipe.format)
+    module.check_shape(recipe, decoder)
+    return Plan(
+        recipe=recipe,
+        decoder=decoder,
+        context_length=context,
+        data=module.lay_out(recipe, decoder, context),
+        needs=module.needs(recipe, decoder, context),
+        workers=_limit_workers(workers, memory_bytes),
+    )
+
+
+def _limit_workers(workers: int | None, memory_bytes: int | None) -> int:
+    wanted = workers or min(MOST_WORKERS, os.cpu_count() or 1)
+    if memory_bytes is None:
+        return wanted
+    allowed = (memory_bytes - PARENT_BYTES) // WORKER_BYTES
+    if allowed < 1:
+        raise PlanError(
+            f"--memory {format_bytes(memory_bytes)}: converting takes at least "
+            f"{format_bytes(PARENT_BYTES + WORKER_BYTES)}"
+        )
+    return min(wanted, allowed)
+
+
+def check_fit(plan: Plan, target: Target) -> None:
+    """PlanError when the target cannot run or hold the artifact; its advice says what would fit."""
+    if problem := find_problem(plan, target):
+        raise PlanError(
+            problem, advice="; ".join(_what_fits(plan, target)) or "nothing bundled fits"
+        )
+
+
+def find_problem(plan: Plan, target: Target) -> str:
+    """One sentence that says why the target cannot take the artifact; empty when it can."""
+    name, way = plan.recipe.name, f"{plan.recipe.format}/{plan.needs.provider}"
+    if way not in target.runs:
+        return f"{target.name} does not run {way}; it runs {', '.join(target.runs)}"
+    if plan.device_memory_bytes > target.usable_memory_bytes:
+        return (
+            f"{name} at context {plan.context_length} takes "
+            f"{format_bytes(plan.device_memory_bytes)} of memory; {target.name} has "
+            f"{format_bytes(target.usable_memory_bytes)} ({format_bytes(target.memory)} "
+            f"less {format_bytes(target.reserved_memory)} for the system)"
+        )
+    if plan.device_disk_bytes > target.disk:
+        return (
+            f"{name} takes {format_bytes(plan.device_disk_bytes)} of disk; "
+            f"{target.name} has {format_bytes(target.disk)}"
+        )
+    return ""
+
+
+def largest_context(plan: Plan, target: Target) -> int:
+    """The longest context (a multiple of 256) that the target's memory holds; 0 when none does."""
+    left = target.usable_memory_bytes - plan.data.size_bytes - plan.needs.overhead_bytes
+    tokens = left // plan.needs.kv_bytes_per_token
+    return max(0, min(tokens, plan.decoder.context) // 256 * 256)
+
+
+def _what_fits(plan: Plan, target: Target) -> list[str]:
+    advice = []
+    way = f"{plan.recipe.format}/{plan.needs.provider}"
+    context = largest_context(plan, target)
+    if way in target.runs and 0 < context < plan.context_length:
+        advice.append(f"--context {context} would fit")
+    others = [
+        name
+        for name in catalog.names("recipes")
+        if name != plan.recipe.name and _would_fit(name, plan, target)
+    ]
+    if others:
+        advice.append(f"these recipes would fit: {', '.join(others)}")
+    return advice
+
+
+def _would_fit(name: str, plan: Plan, target: Target) -> bool:
+    recipe = catalog.load_recipe(name)
+    if recipe.model != plan.recipe.model:
+        return False
+    try:
+        return not find_problem(make_plan(recipe, plan.decoder), target)
+    except PhishipError:
+        return False

@@ -1,0 +1,186 @@
+"""The gate: what an artifact must show, in its own runtime, before it is published."""
+
+import codecs
+import contextlib
+import importlib
+import io
+from dataclasses import dataclass, field
+
+from toolkit.artifact import Chat, Limits, Measure, Quality, Smoke
+from toolkit.checkpoint import Checkpoint
+from toolkit.console import Console
+from toolkit.decoder import Decoder
+from toolkit.errors import GateError
+from toolkit.formats import Session
+from toolkit.quality import chat as chats
+from toolkit.quality import measures, reference, tokens
+
+PROBE_QUESTION = "Recite the Zen of Python."
+PROBE_TOKENS = 256
+NOT_PUBLISHED = "nothing was published"
+
+
+class FailedGateError(GateError):
+    """A measure missed its limit; `quality` holds everything that was measured until then."""
+
+    def __init__(self, message: str, quality: Quality, *, advice: str = NOT_PUBLISHED) -> None:
+        super().__init__(message, advice=advice)
+        self.quality = quality
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """What every check needs, and the measures so far."""
+
+    session: Session
+    checkpoint: Checkpoint
+    decoder: Decoder
+    chat: Chat
+    measured: list[Measure] = field(default_factory=list)
+
+    def add(self, name: str, value: float, limit: float | None, *, ok: bool = True) -> bool:
+        """Note one measure; returns `ok`."""
+        self.measured.append(Measure(name=name, value=value, limit=limit, ok=ok))
+        return ok
+
+    def quality(self, *, checked: bool) -> Quality:
+        """Everything measured so far."""
+        measured = tuple(self.measured)
+        return Quality(checked=checked, runtime=self.session.runtime, measures=measured)
+
+    def fail(self, sentence: str) -> FailedGateError:
+        """The error for a missed limit, with the measures so far."""
+        return FailedGateError(sentence, self.quality(checked=False))
+
+
+def run_gate(
+    session: Session,
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    chat: Chat,
+    limits: Limits,
+    *,
+    check_logits: bool,
+    smoke: Smoke | None,
+    console: Console,
+) -> Quality:
+    """Measure an artifact against its source; FailedGateError on the first limit it misses.
+
+    Token ids and stop ids are always compared. With `check_logits` False the logits and the smoke
+    question are left out, and the result says `checked=False`.
+    """
+    gate = _Gate(session, checkpoint, decoder, chat)
+    _check_tokens(gate)
+    _check_stops(gate)
+    if not check_logits:
+        return gate.quality(checked=False)
+    _check_logits(gate, limits, console)
+    if smoke is not None:
+        _check_smoke(gate, smoke)
+    return gate.quality(checked=True)
+
+
+def probe_ids(checkpoint: Checkpoint, decoder: Decoder, chat: Chat) -> list[int]:
+    """The text on which logits are compared: a chat that quotes the Zen of Python, tokenized.
+
+    At most PROBE_TOKENS ids, and no more than the context holds.
+    """
+    turns = [("user", PROBE_QUESTION), ("assistant", read_zen())]
+    tokenizer = tokens.read_tokenizer(checkpoint)
+    ids = tokens.encode(tokenizer, chats.render_turns(chat, turns))
+    start = [] if chat.bos_id is None else [chat.bos_id]
+    return (start + ids)[: min(PROBE_TOKENS, decoder.context)]
+
+
+def read_zen() -> str:
+    """The Zen of Python, a text that is the same in every Python."""
+    with contextlib.redirect_stdout(io.StringIO()):  # the module prints itself when imported
+        module = importlib.import_module("this")
+    return codecs.decode(module.s, "rot13")
+
+
+def _check_tokens(gate: _Gate) -> None:
+    tokenizer = tokens.read_tokenizer(gate.checkpoint)
+    tokens.check_vocabulary(tokenizer, gate.decoder.vocab, str(gate.checkpoint.folder))
+    probes = tokens.list_probes(tokenizer, gate.chat)
+    found = tokens.compare_ids(
+        lambda text: tokens.encode(tokenizer, text), gate.session.encode, probes
+    )
+    if not gate.add("token id mismatches", len(found), 0, ok=not found):
+        raise gate.fail(
+            f"token ids: {gate.session.runtime} encodes {len(found)} of {len(probes)} probe texts "
+            f"differently; limit 0; the first is {found[0]}"
+        )
+
+
+def _check_stops(gate: _Gate) -> None:
+    missing = [token for token in gate.checkpoint.stop_ids if not gate.session.stops(token)]
+    if not gate.add("stop ids ignored", len(missing), 0, ok=not missing):
+        raise gate.fail(
+            f"stop ids: {gate.session.runtime} does not end an answer on {missing}; limit: every "
+            f"one of the checkpoint's {list(gate.checkpoint.stop_ids)}"
+        )
+
+
+def _check_logits(gate: _Gate, limits: Limits, console: Console) -> None:
+    ids = probe_ids(gate.checkpoint, gate.decoder, gate.chat)
+    total_bytes = reference.bytes_to_read(gate.checkpoint, gate.decoder)
+    with console.progress("checking against the source", total_bytes) as advance:
+        source = reference.forward(gate.checkpoint, gate.decoder, ids, advance=advance)
+    try:
+        found = measures.compare_logits(source, gate.session.logits(ids), ids)
+    except ValueError as error:
+        gate.add("comparable logits", 0, 1, ok=False)
+        raise gate.fail(f"logits: {error}") from error
+    is_near = found.mean_kl <= limits.max_kl
+    agrees = found.top1 >= limits.min_top1
+    gate.add("mean KL", found.mean_kl, limits.max_kl, ok=is_near)
+    gate.add("median KL", found.kl_quantile(0.5), None)
+    gate.add("99 % KL", found.kl_quantile(0.99), None)
+    gate.add("max KL", found.kl_quantile(1.0), None)
+    gate.add("top-1 agreement", found.top1, limits.min_top1, ok=agrees)
+    gate.add("source perplexity", found.perplexity_source, None)
+    gate.add("artifact perplexity", found.perplexity_artifact, None)
+    if not is_near:
+        raise gate.fail(
+            f"logits: the mean KL divergence from the source is {found.mean_kl:.4g} nats per token "
+            f"on {len(ids)} probe tokens; limit {limits.max_kl:g}"
+        )
+    if not agrees:
+        raise gate.fail(
+            f"logits: the most likely token is the source's for {found.top1:.1%} of {len(ids)} "
+            f"probe tokens; limit {limits.min_top1:.1%}"
+        )
+
+
+def _check_smoke(gate: _Gate, smoke: Smoke) -> None:
+    tokenizer = tokens.read_tokenizer(gate.checkpoint)
+    start = [] if gate.chat.bos_id is None else [gate.chat.bos_id]
+    prompt = start + tokens.encode(tokenizer, chats.render(gate.chat, [("user", smoke.prompt)]))
+    generated = gate.session.generate(prompt, smoke.max_tokens)
+    answer, fault = _read_answer(gate, generated, smoke.max_tokens)
+    text = tokenizer.decode(answer, skip_special_tokens=False).strip()
+    if not fault and smoke.expect not in text:
+        fault = f"expected a text with {smoke.expect!r}"
+    if not gate.add("smoke answer", float(not fault), 1, ok=not fault):
+        raise gate.fail(f"smoke: {smoke.prompt!r} was answered {text!r}: {fault}")
+
+
+def _read_answer(gate: _Gate, generated: list[int], max_tokens: int) -> tuple[list[int], str]:
+    """Cut the generated ids at the first stop id; also what is wrong with them, if anything."""
+    stop_ids = gate.chat.stop_ids
+    ends = [place for place, token in enumerate(generated) if token in stop_ids]
+    answer = generated[: ends[0]] if ends else generated
+    if ends and generated[ends[0]] in gate.checkpoint.stop_ids and ends[0] + 1 < len(generated):
+        return answer, f"{gate.session.runtime} went on after stop id {generated[ends[0]]}"
+    if not ends and len(generated) < max_tokens:
+        return answer, f"it ended after {len(generated)} tokens without a stop id"
+    special = _special_ids(gate.checkpoint)
+    if leaked := [token for token in answer if token in special]:
+        return answer, f"special token {leaked[0]} is in it"
+    return answer, ""
+
+
+def _special_ids(checkpoint: Checkpoint) -> set[int]:
+    added = tokens.read_tokenizer(checkpoint).get_added_tokens_decoder()
+    return {token for token, entry in added.items() if entry.special}

@@ -1,0 +1,118 @@
+"""Where everything lives below the device's root folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..failure import Failure
+from .durable import append_json, write_json
+
+VERSION = "v1"
+QUOTA_VARIABLE = "PHISHIP_QUOTA_BYTES"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths below <root>/v1."""
+
+    base: Path
+
+    @property
+    def blobs(self) -> Path:
+        """Immutable files by sha256, each of every artifact once."""
+        return self.base / "blobs" / "sha256"
+
+    @property
+    def incoming(self) -> Path:
+        """Transfers under way, <sha256>.part."""
+        return self.base / "incoming"
+
+    @property
+    def releases(self) -> Path:
+        """One folder of links into blobs for each release."""
+        return self.base / "releases"
+
+    @property
+    def current(self) -> Path:
+        """Link to the release in use."""
+        return self.base / "current"
+
+    @property
+    def previous(self) -> Path:
+        """Link to the release that was in use before."""
+        return self.base / "previous"
+
+    @property
+    def lock(self) -> Path:
+        """File whose flock a push holds; its text says who."""
+        return self.base / "lock"
+
+    def read_state(self) -> dict[str, Any]:
+        """Return the recorded state: `good` release, `pending` one, tries left."""
+        path = self.base / "state.json"
+        if not path.exists():
+            return {"good": None, "pending": None, "tries_left": 0}
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return state
+
+    def write_state(self, **state: Any) -> None:
+        """Record the state durably."""
+        write_json(self.base / "state.json", {**state, "boot_id": read_boot_id()})
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append an event to the journal durably."""
+        entry = {"time": time.time(), "boot_id": read_boot_id(), "event": event, **fields}
+        append_json(self.base / "journal.jsonl", entry)
+
+    def find_blob(self, sha256: str) -> Path:
+        """Return where a blob belongs; Failure when the text is no sha256."""
+        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+            raise Failure("request", f"{sha256!r} is no sha256")
+        return self.blobs / sha256
+
+    def count_free_bytes(self) -> int:
+        """Return what may still be written: the file system's space, or a quota when one is set."""
+        free_bytes = shutil.disk_usage(self.base).free
+        quota = os.environ.get(QUOTA_VARIABLE)
+        return min(free_bytes, int(quota) - self.count_used_bytes()) if quota else free_bytes
+
+    def count_used_bytes(self) -> int:
+        """Return the bytes of all blobs and unfinished transfers."""
+        folders = (self.blobs, self.incoming)
+        return sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+
+
+def open_layout(root: str) -> Layout:
+    """Return the layout of a root folder, made when missing; Failure when it cannot be used."""
+    base = Path(root).expanduser().absolute() / VERSION
+    layout = Layout(base)
+    try:
+        for folder in (layout.blobs, layout.incoming, layout.releases):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_links(base)
+    except OSError as error:
+        raise Failure(
+            "root",
+            f"{base}: cannot be used: {error.strerror}",
+            "choose another folder: `root:` in devices.yaml",
+        ) from error
+    return layout
+
+
+def read_boot_id() -> str:
+    """Return what differs between two boots of Linux; empty elsewhere."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text(encoding="ascii").strip() if path.exists() else ""
+
+
+def _check_links(base: Path) -> None:
+    """Fail where symbolic links cannot be made, such as /storage/emulated of Android."""
+    probe = base / f".link-{os.getpid()}"
+    probe.symlink_to("nowhere")
+    probe.unlink()

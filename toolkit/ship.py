@@ -1,0 +1,137 @@
+"""Ship: probe the device, choose the recipe, build, check, deploy."""
+
+from pathlib import Path
+
+import msgspec
+
+from toolkit import catalog
+from toolkit.artifact import Smoke
+from toolkit.build import Options, build
+from toolkit.checkpoint.config import Config
+from toolkit.checkpoint.hub import resolve
+from toolkit.console import Console, format_bytes
+from toolkit.decoder import Decoder
+from toolkit.deploy import DISK_RESERVE_BYTES, deploy, probe
+from toolkit.device import Device, Facts, resolve_device
+from toolkit.errors import PhishipError, PlanError
+from toolkit.families import read_decoder
+from toolkit.plan import Plan, make_plan
+from toolkit.recipe import Recipe
+from toolkit.report import Report
+
+# Best way first, for a device whose target is not named in devices.yaml. On ARM llama.cpp repacks
+# Q4_0 for the processor's dot products; on x86-64 onnxruntime's int8 kernels are the faster ones.
+X86_WAYS = ("onnx/cpu", "gguf/cpu")
+ARM_WAYS = ("gguf/cpu", "onnx/cpu")
+
+
+def ship(
+    reference: str, device_name: str, console: Console, report: Report, *, out: Path,
+    recipe_name: str | None, options: Options, smoke: Smoke | None, devices_file: Path | None,
+) -> None:  # fmt: skip
+    """Do it all; every step goes into `report`. Raises what the failing step raises."""
+    device = resolve_device(device_name, devices_file)
+    with report.step("read checkpoint") as step:
+        checkpoint = resolve(reference, console)
+        decoder = read_decoder(checkpoint.config)
+        step.measured = f"{checkpoint.folder}: {decoder.layers} layers x {decoder.hidden}"
+    with report.step("probe device") as step:
+        facts = probe(device)
+        memory_bytes = facts.usable_memory_bytes
+        memory = "unknown" if memory_bytes is None else format_bytes(memory_bytes)
+        step.measured = f"{facts.board or facts.machine}, {memory} of memory free"
+    with report.step("choose recipe") as step:
+        if recipe_name:
+            recipe = catalog.load_recipe(recipe_name)
+            step.measured = f"{recipe.name}, as asked"
+        else:
+            recipe = choose(find_model(decoder, reference), decoder, device, facts, options)
+            step.measured = recipe.name
+    if smoke:
+        recipe = msgspec.structs.replace(recipe, smoke=smoke)
+    artifact = build(recipe, checkpoint, out, options, console, report)
+    deploy(artifact, device, console, report=report, smoke=smoke)
+
+
+def choose(model: str, decoder: Decoder, device: Device, facts: Facts, options: Options) -> Recipe:
+    """The smallest recipe of the best way that fits the device; PlanError says why none does."""
+    engines: dict[str, bool] = {}
+    obstacles = []
+    for way in _ways(device, facts):
+        candidates = sorted(
+            _candidates(model, way, decoder, options), key=lambda plan: plan.device_memory_bytes
+        )
+        for plan in candidates:
+            engine = plan.needs.engine
+            if engine not in engines:
+                found = probe(device, engine).engine
+                engines[engine] = bool(found and found.importable)
+            obstacle = _find_obstacle(plan, facts, engines[engine])
+            if not obstacle:
+                return plan.recipe
+            obstacles.append(f"{plan.recipe.name}: {obstacle}")
+    raise PlanError(
+        f"{device.name}: no bundled recipe of {model} fits: {'; '.join(obstacles) or 'none'}",
+        advice="name one with --recipe, or shorten the cache with --context",
+    )
+
+
+def find_model(decoder: Decoder, hint: str) -> str:
+    """Name of the bundled model with this checkpoint's shape; PlanError when there is none.
+
+    Where two have the same shape (3-mini-128k and 3.5-mini), `hint`, the checkpoint's id or path,
+    decides; their recipes make the same bytes.
+    """
+    found = {}
+    for name in catalog.names("models"):
+        model = catalog.load_model(name)
+        if _shape(read_decoder(Config(name, model.config))) == _shape(decoder):
+            found[name] = model.id.rpartition("/")[2].lower()
+    if not found:
+        raise PlanError(
+            f"no bundled model has this checkpoint's shape ({decoder.layers} layers x "
+            f"{decoder.hidden}, vocabulary {decoder.vocab}, context {decoder.context})",
+            advice="name a recipe with --recipe: any whose format you want works",
+        )
+    named = [name for name, tail in found.items() if tail in hint.lower()]
+    return (named or list(found))[0]
+
+
+def _shape(decoder: Decoder) -> tuple[object, ...]:
+    """What tells the models apart."""
+    return (decoder.shapes(), decoder.context, decoder.kv_heads, decoder.window)
+
+
+def _ways(device: Device, facts: Facts) -> tuple[str, ...]:
+    if device.target:
+        return catalog.load_target(device.target).runs
+    return X86_WAYS if facts.machine.lower() in ("x86_64", "amd64") else ARM_WAYS
+
+
+def _candidates(model: str, way: str, decoder: Decoder, options: Options) -> list[Plan]:
+    plans = []
+    for name in catalog.names("recipes"):
+        recipe = catalog.load_recipe(name)
+        if recipe.model != model or recipe.format != way.partition("/")[0]:
+            continue
+        try:
+            plan = make_plan(recipe, decoder, context_length=options.context_length)
+        except PhishipError:
+            continue
+        if plan.needs.provider == way.partition("/")[2]:
+            plans.append(plan)
+    return plans
+
+
+def _find_obstacle(plan: Plan, facts: Facts, has_engine: bool) -> str:
+    if not has_engine:
+        return f"{plan.needs.package} cannot be imported there"
+    memory_bytes = facts.usable_memory_bytes
+    if memory_bytes is not None and memory_bytes < plan.device_memory_bytes:
+        need, have = format_bytes(plan.device_memory_bytes), format_bytes(memory_bytes)
+        return f"needs {need} of memory, {have} are free"
+    need_bytes = plan.device_disk_bytes + DISK_RESERVE_BYTES
+    if facts.disk_free_bytes < need_bytes:
+        need, have = format_bytes(need_bytes), format_bytes(facts.disk_free_bytes)
+        return f"needs {need} of disk, {have} are free"
+    return ""

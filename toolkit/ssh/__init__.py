@@ -1,0 +1,1 @@
+"""SSH to devices: connection, host keys, transfer, and a device inside this process."""
