@@ -52,7 +52,10 @@ class Console:
         if self.as_json:
             return
         table = rich.table.Table(
-            title=title or None, box=rich.box.SIMPLE_HEAD, title_justify="left"
+            title=title or None,
+            box=rich.box.SIMPLE_HEAD,
+            title_justify="left",
+            show_header=any(headers),
         )
         for header in headers:
             table.add_column(header, overflow="fold")

@@ -15,8 +15,8 @@ from toolkit.stream import DataFile
 from toolkit.target import Target
 
 # Resident memory of the converting processes, measured with bench/convert.py and rounded up.
-PARENT_BYTES = 150_000_000
-WORKER_BYTES = 150_000_000
+PARENT_BYTES = 100_000_000
+WORKER_BYTES = 100_000_000
 # Small files beside the weights (graph, tokenizer, GGUF header): Phi-3's tokenizer is 2.4 MB.
 REST_BYTES = 5_000_000
 RUNNER_BYTES = 1_000_000

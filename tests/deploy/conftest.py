@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sshd import OpenSSH, start_sshd
 
+from tests.deploy.sshd import OpenSSH, start_sshd
 from toolkit.console import Console
 from toolkit.device import Device
 from toolkit.ssh.embedded import EmbeddedDevice

@@ -6,16 +6,17 @@ from pathlib import Path
 from toolkit.artifact import (
     SCHEMA,
     Chat,
+    Limits,
     Manifest,
     Quality,
     Runtime,
     Smoke,
     Source,
+    hash_file,
     list_files,
     write_manifest,
 )
 from toolkit.ssh.transfer import Blob
-from toolkit.artifact import hash_file
 
 QUESTION = Smoke(prompt="Is anybody there?", expect="yes", max_tokens=4)
 
@@ -61,6 +62,7 @@ def seal_noise(
         valid_context=(1, 512),
         device_memory_bytes=memory_bytes,
         chat=chat,
+        limits=Limits(),
         smoke=smoke,
         quality=Quality(checked=checked, runtime="none"),
         files=list_files(folder),

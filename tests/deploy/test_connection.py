@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from sshd import LOOPBACK, OpenSSH, find_free_port, make_key
 
+from tests.deploy.sshd import LOOPBACK, OpenSSH, find_free_port, make_key
 from toolkit.device import Device
 from toolkit.errors import HostKeyError, RunnerError, UnreachableError
 from toolkit.ssh import connection as connection_module
@@ -110,9 +110,7 @@ def test_no_ssh_there(
 def test_key_refused(openssh: OpenSSH, tmp_path: Path) -> None:
     make_key(tmp_path / "stranger", "ed25519")
     path = tmp_path / "stranger"
-    device = openssh.device(
-        tmp_path, identity_file=str(path), host_key=openssh.fingerprint()
-    )
+    device = openssh.device(tmp_path, identity_file=str(path), host_key=openssh.fingerprint())
     with pytest.raises(UnreachableError, match=r"stranger was refused") as caught, connect(device):
         pass
     assert "ssh-copy-id" in caught.value.advice
@@ -128,9 +126,7 @@ def test_key_refused(openssh: OpenSSH, tmp_path: Path) -> None:
         ("garbage", "no private key"),
     ],
 )
-def test_key_that_cannot_be_used(
-    openssh: OpenSSH, tmp_path: Path, name: str, words: str
-) -> None:
+def test_key_that_cannot_be_used(openssh: OpenSSH, tmp_path: Path, name: str, words: str) -> None:
     make_key(tmp_path / "locked", "ed25519", passphrase="secret words")
     (tmp_path / "garbage").write_text("-----BEGIN garbage")
     device = openssh.device(
@@ -145,9 +141,7 @@ def test_key_from_the_agent(
 ) -> None:
     """A protected key works once ssh-agent has it."""
     socket_path = tmp_path / "agent"
-    agent = subprocess.Popen(
-        ["ssh-agent", "-D", "-a", str(socket_path)], stdout=subprocess.DEVNULL
-    )
+    agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(socket_path)], stdout=subprocess.DEVNULL)
     try:
         monkeypatch.setenv("SSH_AUTH_SOCK", str(socket_path))
         key = str(openssh.folder / "id_ed25519")

@@ -88,7 +88,7 @@ def test_errors_name_line_and_key(tmp_path: Path, line: str, words: tuple[str, .
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="none.yaml"):
+    with pytest.raises(SettingsError, match=r"none\.yaml"):
         resolve_device("board", tmp_path / "none.yaml")
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sshd import LOOPBACK, OpenSSH, find_free_port, make_key, start_sshd
 
+from tests.deploy.sshd import LOOPBACK, OpenSSH, find_free_port, make_key, start_sshd
 from toolkit.device import Device
 from toolkit.errors import HostKeyError
 from toolkit.ssh.connection import connect
@@ -91,9 +91,7 @@ def test_changed_after_the_device_was_set_up_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["the same", "none", "damaged"])
-def test_revoked_fails_closed(
-    openssh: OpenSSH, tmp_path: Path, own_home: Path, key: str
-) -> None:
+def test_revoked_fails_closed(openssh: OpenSSH, tmp_path: Path, own_home: Path, key: str) -> None:
     name = f"[{LOOPBACK}]:{openssh.port}"
     good = openssh.public_key()
     text = {"the same": good, "none": "", "damaged": good[:-5] + "!"}[key]

@@ -7,11 +7,13 @@ is right; after that huggingface_hub finds it there.
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.artifact import hash_file
+from toolkit.checkpoint.hub_errors import is_network_error
 from toolkit.console import Advance
 from toolkit.errors import CheckpointError
 
@@ -74,8 +76,9 @@ def fetch(files: Sequence[RemoteFile], headers: Mapping[str, str], advance: Adva
         _follow(answers, len(threads), advance)
     finally:
         stop.set()
+        until_s = time.monotonic() + FAREWELL_S
         for thread in threads:
-            thread.join(FAREWELL_S)
+            thread.join(max(0.0, until_s - time.monotonic()))
 
 
 def _follow(
@@ -96,10 +99,13 @@ def _follow(
 
 
 def _fetch_file(
-    file: RemoteFile, headers: Mapping[str, str], advance: Callable[[int], None], stop: threading.Event
+    file: RemoteFile,
+    headers: Mapping[str, str],
+    advance: Callable[[int], None],
+    stop: threading.Event,
 ) -> None:
     """Bring one file to its end, through as many connections as it takes."""
-    from huggingface_hub.utils import WeakFileLock
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     file.lock.parent.mkdir(parents=True, exist_ok=True)
     file.path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +125,12 @@ def _fetch_file(
 
 
 def _fetch_rest(
-    file: RemoteFile, headers: Mapping[str, str], advance: Callable[[int], None], stop: threading.Event
+    file: RemoteFile,
+    headers: Mapping[str, str],
+    advance: Callable[[int], None],
+    stop: threading.Event,
 ) -> None:
-    from huggingface_hub.utils import get_session, hf_raise_for_status
+    from huggingface_hub import get_session, hf_raise_for_status
 
     start = file.present_bytes
     # Compression would make ranges count something else.
@@ -147,13 +156,6 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in TRANSIENT_STATUS
     return is_network_error(error)
-
-
-def is_network_error(error: BaseException) -> bool:
-    """True when no answer came: no route, no name, refused, cut, timed out."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    return isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError)
 
 
 def _finish(file: RemoteFile) -> None:

@@ -4,19 +4,17 @@ Downloads go to huggingface_hub's own cache, in its layout, so that a model whic
 is not fetched twice. HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and the token of `hf auth login` count.
 """
 
-import errno
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 from toolkit.checkpoint import TOKENIZER_FILES, Checkpoint
 from toolkit.checkpoint.config import Config, read_config
-from toolkit.checkpoint.download import RemoteFile, fetch, is_network_error
+from toolkit.checkpoint.download import RemoteFile, fetch
+from toolkit.checkpoint.hub_errors import explain, host, is_unreachable
 from toolkit.checkpoint.safetensors import INDEX, SINGLE, read_weight_map
 from toolkit.console import Console, format_bytes
 from toolkit.errors import CheckpointError, PhishipError
@@ -25,10 +23,10 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, INDEX)
-REFERENCE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+REFERENCE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>(?!.*\.\.)[\w][\w./-]*))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 ANSWER_TIMEOUT_S = 20.0
-LOG_IN = "log in with: hf auth login"
 
 
 @dataclass(frozen=True)
@@ -78,15 +76,19 @@ def resolve(
         from huggingface_hub.constants import HF_HUB_CACHE
 
         cache = Path(HF_HUB_CACHE)
-    with _explained(wanted, cache):
+    try:
         return _Download(wanted, cache, console).open(accept)
+    except PhishipError:
+        raise
+    except Exception as error:
+        raise explain(error, f"{wanted.repository}@{wanted.revision}", cache) from error
 
 
 def is_local(reference: str) -> bool:
     """True for what exists, or starts with ./ ../ / or ~."""
     path = Path(reference)
     looks_local = reference.startswith((".", "~")) or path.is_absolute()
-    return looks_local or path.exists()
+    return looks_local or (bool(reference) and path.exists())
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,13 @@ class _Download:
                 repository, revision=revision, files_metadata=True, timeout=ANSWER_TIMEOUT_S
             )
         except Exception as error:
-            if not _is_unreachable(error):
+            if not is_unreachable(error):
                 raise
             return self._open_cached(error, accept)
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
         commit = str(info.sha)
+        if not COMMIT.fullmatch(commit):
+            raise ValueError("no commit")
         self._tell(commit)
         _require_checkpoint(repository, siblings)
         folder = self._fetch_small(commit, [name for name in SMALL_FILES if name in siblings])
@@ -132,6 +136,7 @@ class _Download:
     def _open_cached(
         self, error: Exception, accept: Callable[[Config], object] | None
     ) -> Checkpoint:
+        """Open what the cache has; `error` again when that is not all of it."""
         from huggingface_hub import snapshot_download
 
         try:
@@ -141,14 +146,14 @@ class _Download:
                     revision=self.wanted.revision,
                     cache_dir=self.cache,
                     local_files_only=True,
-                    allow_patterns=[*SMALL_FILES, "*.json"],
+                    allow_patterns=[*SMALL_FILES, SINGLE],
                 )
             )
-        except OSError:
+            checkpoint = Checkpoint.open(folder, folder.name)
+        except (OSError, CheckpointError):
             raise error from None
-        self.console.note(f"{_host()} cannot be reached; going on with what was downloaded before")
+        self.console.note(f"{host()} cannot be reached; going on with what was downloaded before")
         self._tell(folder.name)
-        checkpoint = Checkpoint.open(folder, folder.name)
         if accept:
             accept(checkpoint.config)
         return checkpoint
@@ -156,25 +161,21 @@ class _Download:
     def _fetch_small(self, commit: str, names: Sequence[str]) -> Path:
         """Let huggingface_hub fetch files whole; those whose blob is there it only links."""
         from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import tqdm
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-        class Silent(tqdm):  # type: ignore[type-arg]
-            def __init__(self, *arguments: Any, **settings: Any) -> None:
-                super().__init__(*arguments, **{**settings, "disable": True})
-
+        disable_progress_bars()  # Ours shows the weights, which take all the time.
         return Path(
             snapshot_download(
                 self.wanted.repository,
                 revision=commit,
                 cache_dir=self.cache,
                 allow_patterns=list(names),
-                tqdm_class=Silent,
             )
         )
 
     def _fetch_weights(self, commit: str, weights: Sequence["RepoSibling"]) -> None:
         """Fetch the blobs of the weights, with progress, after a look at the disk."""
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         files = [self._remote_file(commit, sibling) for sibling in weights if sibling.lfs]
         missing_bytes = sum(file.missing_bytes for file in files)
@@ -199,6 +200,8 @@ class _Download:
 
         assert sibling.lfs
         sha256 = sibling.lfs.sha256
+        if not SHA256.fullmatch(sha256):
+            raise ValueError("no sha256")
         return RemoteFile(
             url=hf_hub_url(self.wanted.repository, sibling.rfilename, revision=commit),
             size_bytes=sibling.lfs.size,
@@ -220,3 +223,27 @@ class _Download:
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text(commit)
         temporary.replace(path)
+
+
+def _require_checkpoint(repository: str, siblings: Mapping[str, object]) -> None:
+    """Refuse a repository that cannot be a checkpoint before anything is fetched."""
+    if "config.json" in siblings and (SINGLE in siblings or INDEX in siblings):
+        return
+    wanted = "config.json" if "config.json" not in siblings else f"{SINGLE} or {INDEX}"
+    kinds = sorted({Path(name).suffix for name in siblings} & {".bin", ".gguf", ".onnx", ".pt"})
+    raise CheckpointError(
+        f"{repository}: has no {wanted}" + (f"; found only {', '.join(kinds)}" if kinds else ""),
+        advice="phiship reads safetensors only; look for the original model's repository",
+    )
+
+
+def _weight_files(repository: str, folder: Path, siblings: Mapping[str, object]) -> list[str]:
+    """Names of the safetensors to read, as `read_index` will choose them."""
+    if SINGLE in siblings:
+        return [SINGLE]
+    names = sorted(set(read_weight_map(folder / INDEX).values()))
+    if absent := [name for name in names if name not in siblings]:
+        raise CheckpointError(
+            f"{repository}: {INDEX} names {absent[0]}, which the repository does not have"
+        )
+    return names

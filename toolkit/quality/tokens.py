@@ -18,7 +18,7 @@ PLAIN_PROBES = (
     "0 1 12 123 1234567890 3.14159 -2e-10 0xFF 1,000,000",
     "a+b=c; x != y && z <= 2 || !w ? p : q",
     "https://example.org/path?query=1&other=%20#part user@example.org",
-    "def f(x):\n    return {'a': [x ** 2, \"b\"]}  # comment\n\n\nclass A:\n\tpass\n",
+    "def f(x):\n    return {'a': [x ** 2, \"b\"]} # comment\n\n\nclass A:\n\tpass\n",
     '{"key": [1, 2.5, null, true], "text": "line\\nnext"}',
     "<p class='x'>5 &lt; 6</p> <|not a token|> <s <|end| <unknown>",
 )
@@ -47,8 +47,8 @@ UNICODE_PROBES = (
     "\U0001f468\u200d\U0001f469\u200d\U0001f467",
     "\U00020000\U0001d54f rare \u0378 \ufffd",
 )
-# Left out, because onnxruntime-genai 0.18 differs on them (docs/quality.md): a text that starts with
-# a no-break space, and a literal U+2581.
+# Left out, because onnxruntime-genai 0.18 differs on them (docs/quality.md): a text that starts
+# with a no-break space, and a literal U+2581.
 PROBES = PLAIN_PROBES + SPACE_PROBES + UNICODE_PROBES
 """Texts without special tokens; `list_probes` adds the checkpoint's own tokens and chats."""
 

@@ -47,6 +47,7 @@ class EmbeddedDevice:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._server: Any = None
+        self._is_cut = False
         self._connections: set[Any] = set()
         self._processes: set[asyncio.subprocess.Process] = set()
 
@@ -68,6 +69,11 @@ class EmbeddedDevice:
             host_key=HostKey("ssh-ed25519", host_key.public_data).fingerprint,
             python=sys.executable,
         )
+
+    @property
+    def is_running(self) -> bool:
+        """True between start and the first power cut or stop."""
+        return self._server is not None and not self._is_cut
 
     def power_cut(self) -> None:
         """Pull the plug: every connection and process dies at once, nothing is cleaned up."""
@@ -113,6 +119,7 @@ class EmbeddedDevice:
         return int(self._server.get_port())
 
     async def _cut(self) -> None:
+        self._is_cut = True
         if self._server:
             self._server.close()
         for process in list(self._processes):

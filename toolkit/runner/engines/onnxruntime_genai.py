@@ -21,9 +21,12 @@ class Model:
         self._genai = genai
         self.version = str(genai.__version__)
         self.provider = provider
-        self._model = genai.Model(_configure(genai, folder, provider))
+        try:
+            self._model = genai.Model(_configure(genai, folder, provider))
+            self._tokenizer = genai.Tokenizer(self._model)
+        except RuntimeError as error:
+            raise Failure("model", f"{folder}: onnxruntime-genai cannot load it: {error}") from None
         _check_provider(str(self._model.device_type), provider)
-        self._tokenizer = genai.Tokenizer(self._model)
 
     def encode(self, text: str) -> list[int]:
         """Return token ids; the tokenizer parses special tokens and adds none."""
@@ -63,6 +66,9 @@ def _configure(genai: Any, folder: Path, provider: str) -> Any:
         raise Failure(
             "provider", f"provider {provider!r} is unknown; allowed: {', '.join(PROVIDERS)}"
         )
+    # Asked first, for what loading says of a missing provider is no sentence.
+    if provider != "cpu" and not getattr(genai, f"is_{provider}_available")():
+        _check_provider("CPU", provider)
     config = genai.Config(str(folder))
     config.clear_providers()
     if provider != "cpu":

@@ -1,0 +1,228 @@
+"""The agent's own rules, on a folder of this machine."""
+
+import ast
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import toolkit.runner
+from toolkit.runner.agent.blobs import receive_blob
+from toolkit.runner.agent.child import import_engine, run_child
+from toolkit.runner.agent.facts import read_facts, read_memory_limit
+from toolkit.runner.agent.layout import Layout, open_layout
+from toolkit.runner.agent.releases import (
+    confirm_release,
+    discard_release,
+    read_link,
+    read_status,
+    stage_release,
+    switch_release,
+)
+from toolkit.runner.failure import Failure
+from toolkit.ssh.bundle import LIMIT_BYTES, pack_runner
+
+SOURCES = sorted(Path(toolkit.runner.__file__).parent.rglob("*.py"))
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return open_layout(str(tmp_path / "device"))
+
+
+def add_blob(layout: Layout, content: bytes) -> str:
+    sha256 = hashlib.sha256(content).hexdigest()
+    receive_blob(layout, io.BytesIO(content), sha256, len(content))
+    return sha256
+
+
+def stage(layout: Layout, release: str) -> Path:
+    files = {"a.txt": add_blob(layout, b"a"), "sub/b.txt": add_blob(layout, release.encode())}
+    return Path(stage_release(layout, release, files)["path"])
+
+
+def test_release_is_links_that_survive_a_move(layout: Layout, tmp_path: Path) -> None:
+    path = stage(layout, "one")
+    assert (path / "sub" / "b.txt").read_bytes() == b"one"
+    assert not (path / "sub" / "b.txt").readlink().is_absolute()
+    layout.base.parent.rename(tmp_path / "moved")
+    assert (tmp_path / "moved" / "v1" / "releases" / "one" / "a.txt").read_bytes() == b"a"
+
+
+def test_switch_keeps_what_a_rollback_needs(layout: Layout) -> None:
+    for name in ("one", "two", "three"):
+        stage(layout, name)
+        switch_release(layout, name)
+        state = layout.read_state()
+        assert (state["pending"], state["tries_left"]) == (name, 1)
+        confirm_release(layout, name)
+    assert (read_link(layout.current), read_link(layout.previous)) == ("three", "two")
+    assert layout.read_state()["good"] == "three"
+    stage(layout, "four")
+    switch_release(layout, "four")
+    assert layout.read_state()["good"] == "three"
+    for name in ("four", "three"):  # in use; previous and good
+        assert discard_release(layout, name) == {"discarded": False}
+    assert discard_release(layout, "one") == {"discarded": True}
+    assert read_status(layout)["releases"] == ["four", "three", "two"]
+
+
+def test_switch_to_the_same_changes_nothing(layout: Layout) -> None:
+    for name in ("one", "two", "two"):
+        stage(layout, name)
+        answer = switch_release(layout, name)
+        confirm_release(layout, name)
+    assert answer == {"current": "two", "previous": "one", "changed": False}
+
+
+def test_leftovers_of_a_power_cut_do_not_matter(layout: Layout) -> None:
+    """A half-made release, a new link and a new state beside the old ones."""
+    (layout.releases / ".one.tmp" / "sub").mkdir(parents=True)
+    (layout.releases / ".one.tmp" / "a.txt").write_bytes(b"half")
+    (layout.base / "current.new").symlink_to("releases/none")
+    (layout.base / "state.json.new").write_text("{")
+    path = stage(layout, "one")
+    switch_release(layout, "one")
+    assert (path / "a.txt").read_bytes() == b"a"
+    assert (layout.current / "a.txt").read_bytes() == b"a"
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", ""])
+def test_paths_that_lead_out_are_refused(layout: Layout, name: str) -> None:
+    with pytest.raises(Failure, match="leads out"):
+        stage_release(layout, "one", {name: add_blob(layout, b"a")})
+    assert not (layout.releases / "one").exists()
+
+
+@pytest.mark.parametrize("release", ["", ".", "..", "../one", ".one.tmp", "a/b", "a b"])
+def test_names_that_are_no_release(layout: Layout, release: str) -> None:
+    for act in (discard_release, switch_release):
+        with pytest.raises(Failure, match="no name of a release"):
+            act(layout, release)
+
+
+def test_stage_without_its_blob(layout: Layout) -> None:
+    with pytest.raises(Failure, match="is not on the device"):
+        stage_release(layout, "one", {"a": "0" * 64})
+    with pytest.raises(Failure, match="is no sha256"):
+        stage_release(layout, "one", {"a": "../../etc/passwd"})
+
+
+def test_files_are_synced_before_they_are_named(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order that survives a power cut: content, name, folder."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_sync(descriptor: int) -> None:
+        calls.append("sync " + Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def record_replace(self: Path, target: Path) -> Path:
+        calls.append(f"name {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    sha256 = add_blob(layout, b"content")
+    assert calls == [f"sync {sha256}.part", f"name {sha256}", "sync sha256"]
+    calls.clear()
+    stage_release(layout, "one", {"sub/a": sha256})
+    assert set(calls[:2]) == {"sync sub", "sync .one.tmp"}
+    assert calls[2:4] == ["name one", "sync releases"]
+    calls.clear()
+    switch_release(layout, "one")
+    order = [name for name in calls if name.startswith("name")]
+    assert order == ["name state.json", "name current"]
+
+
+def test_facts_of_a_recorded_board(layout: Layout, tmp_path: Path) -> None:
+    board = tmp_path / "board"
+    (board / "proc/device-tree").mkdir(parents=True)
+    (board / "proc/device-tree/model").write_bytes(b"Raspberry Pi 5 Model B Rev 1.0\0")
+    (board / "proc/meminfo").write_text(
+        "MemTotal:        8245696 kB\nMemAvailable:    7000000 kB\nHugePages_Total:       0\n"
+    )
+    (board / "proc/cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp crc32\n")
+    facts = read_facts(layout, board)
+    assert facts["board"] == "Raspberry Pi 5 Model B Rev 1.0"
+    assert facts["memory_available_bytes"] == 7_000_000 * 1024
+    assert facts["memory_limit_bytes"] is None
+    assert facts["cpu_features"] == ["asimd", "asimddp"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "left"),
+    [("1000", "400", 600), ("1000", "1400", 0), ("max", "400", None)],
+)
+def test_memory_limit_of_a_container(
+    tmp_path: Path, limit: str, used: str, left: int | None
+) -> None:
+    folder = tmp_path / "sys/fs/cgroup"
+    folder.mkdir(parents=True)
+    (folder / "memory.max").write_text(limit + "\n")
+    (folder / "memory.current").write_text(used + "\n")
+    assert read_memory_limit(tmp_path) == left
+
+
+def test_facts_where_there_is_no_proc(layout: Layout, tmp_path: Path) -> None:
+    facts = read_facts(layout, tmp_path)
+    assert facts["memory_available_bytes"] is None
+    assert (facts["board"], facts["cpu_features"]) == ("", [])
+
+
+@pytest.mark.parametrize("name", ["SIGILL", "SIGSEGV", "SIGKILL"])
+def test_signal_of_a_child_by_name(name: str) -> None:
+    program = f"import os, signal; os.kill(os.getpid(), signal.{name})"
+    done = run_child([sys.executable, "-c", program], b"", 60)
+    assert done["signal"] == name
+
+
+def test_child_that_takes_too_long() -> None:
+    program = "import sys, time; print('words', file=sys.stderr, flush=True); time.sleep(60)"
+    done = run_child([sys.executable, "-c", program], b"", 2)
+    assert (done["code"], done["timeout_s"], done["stderr"]) == (None, 2, "words\n")
+
+
+def test_engine_that_is_not_there() -> None:
+    found = import_engine("no_such_engine")
+    assert not found["importable"]
+    assert "no_such_engine" in found["error"]
+
+
+def test_zipapp_is_small_and_the_same_every_time() -> None:
+    runner = pack_runner()
+    assert len(runner.content) < LIMIT_BYTES
+    pack_runner.cache_clear()
+    assert pack_runner() == runner
+
+
+def test_zipapp_runs_alone(tmp_path: Path) -> None:
+    """Without toolkit on the path, without site packages, without a locale."""
+    path = tmp_path / "runner"
+    path.write_bytes(pack_runner().content)
+    command = [sys.executable, "-I", "-S", "-B", str(path), "agent", "facts", "--root"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "x")], capture_output=True, check=True, env={"LC_ALL": "C"}
+    )
+    assert json.loads(done.stdout)["word_bits"] == 64
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_sources_keep_to_the_oldest_python_and_to_themselves(path: Path) -> None:
+    tree = ast.parse(path.read_text(), feature_version=(3, 9))
+    roots = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            roots.add(str(node.module).partition(".")[0])
+    engines = {"onnxruntime_genai", "xllamacpp"}
+    allowed = sys.stdlib_module_names | (engines if path.parent.name == "engines" else set())
+    assert roots <= allowed

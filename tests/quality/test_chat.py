@@ -1,0 +1,154 @@
+"""Chat templates as data, checked against texts written out by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import write_random_checkpoint
+from tests.quality.sources import edit_json
+from toolkit.artifact import Chat
+from toolkit.checkpoint import Checkpoint
+from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.quality.chat import read_chat, render
+from toolkit.runner.chat import render_chat
+from toolkit.runner.manifest import Chat as RunnerChat
+
+# The shapes of the templates published with the family.
+BY_ROLE = """\
+{% for message in messages %}{% if message['role'] == 'system' %}{{ '<|system|>
+' + message['content'] + '<|end|>
+' }}{% elif message['role'] == 'user' %}{{ '<|user|>
+' + message['content'] + '<|end|>
+' }}{% elif message['role'] == 'assistant' %}{{ '<|assistant|>
+' + message['content'] + '<|end|>
+' }}{% endif %}{% endfor %}"""
+GENERATION_OR_EOS = """\
+{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
+MINI = BY_ROLE + GENERATION_OR_EOS
+MINI_3_5 = MINI.replace("== 'system'", "== 'system' and message['content']")
+VISION = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}"
+    "{{- '<|assistant|>\n' -}}{% endif %}"
+)
+# Medium's user turn opens the answer, and there is no system role.
+MEDIUM = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '<|user|>\n' + m['content'] + '<|end|>\n<|assistant|>\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+)
+MESSAGES = [("user", "one"), ("assistant", "two"), ("user", "three")]
+TURNS = "<|user|>\none<|end|>\n<|assistant|>\ntwo<|end|>\n<|user|>\nthree<|end|>\n<|assistant|>\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_random_checkpoint(tmp_path / "checkpoint", "mha")
+
+
+def read_with(folder: Path, template: object) -> Chat:
+    edit_json(folder / "tokenizer_config.json", lambda c: c.update(chat_template=template))
+    return read_chat(Checkpoint.open(folder))
+
+
+@pytest.mark.parametrize("template", [MINI, MINI_3_5, VISION, MEDIUM])
+def test_published_templates(folder, template):
+    assert render(read_with(folder, template), MESSAGES) == TURNS
+
+
+@pytest.mark.parametrize("template", [MINI, MINI_3_5, VISION])
+def test_system_role(folder, template):
+    chat = read_with(folder, template)
+    text = render(chat, [("system", "Be brief."), ("user", "Hi")])
+    assert text == "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n"
+
+
+@pytest.mark.parametrize("template", [MINI, MEDIUM])
+def test_the_runner_renders_the_same(folder, template):
+    chat = read_with(folder, template)
+    twin = RunnerChat(
+        turns=chat.turns, generation=chat.generation, stop_ids=chat.stop_ids, bos_id=chat.bos_id
+    )
+    for messages in (MESSAGES, [("user", " a\n<|end|> {{ b }} ")]):
+        assert render_chat(twin, messages) == render(chat, messages)
+
+
+def test_a_role_without_a_turn_is_refused(folder):
+    chat = read_with(folder, MEDIUM)
+    assert set(chat.turns) == {"user", "assistant"}
+    with pytest.raises(UnsupportedError, match="got 'system'; this checkpoint's template has"):
+        render(chat, [("system", "Be brief.")])
+
+
+def test_a_role_the_template_refuses_is_left_out(folder):
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}"
+        "{% endif %}{% endfor %}"
+    )
+    assert set(read_with(folder, refusing + MINI).turns) == {"user", "assistant"}
+
+
+def test_no_bos_unless_the_template_writes_it(folder):
+    bos = Checkpoint.open(folder).tokenizer_config["bos_token"]
+    assert bos
+    assert read_with(folder, MINI).bos_id is None
+    chat = read_with(folder, "{{ bos_token }}" + MINI)
+    assert chat.bos_id == Checkpoint.open(folder).special_id("bos_token_id")
+    assert render(chat, MESSAGES) == TURNS
+
+
+def test_bos_before_every_turn_is_part_of_the_turn(folder):
+    chat = read_with(folder, MINI.replace("'<|user|>", "bos_token + '<|user|>"))
+    assert chat.bos_id is None
+    assert chat.turns["user"][0] == "<s><|user|>\n"
+
+
+def test_stop_ids_of_the_checkpoint_and_end_of_turn(folder):
+    checkpoint = Checkpoint.open(folder)
+    chat = read_with(folder, MINI)
+    assert chat.stop_ids[: len(checkpoint.stop_ids)] == checkpoint.stop_ids
+    assert {"<|endoftext|>", "<|end|>"} <= set(chat.stop_texts)
+    # A fine-tune that was saved without generation_config.json names one stop id only.
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    edit_json(folder / "config.json", lambda c: c.update(eos_token_id=chat.stop_ids[0]))
+    alone = read_chat(Checkpoint.open(folder))
+    assert alone.stop_texts == ("<|endoftext|>", "<|end|>")
+
+
+def test_a_template_file_wins(folder):
+    (folder / "chat_template.jinja").write_text(MEDIUM, encoding="utf-8")
+    assert read_with(folder, MINI).generation == ""
+
+
+def test_the_default_of_a_named_list(folder):
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": MINI}]
+    assert render(read_with(folder, named), MESSAGES) == TURNS
+
+
+@pytest.mark.parametrize("template", [None, 5, [], [{"name": "tool_use", "template": "x"}]])
+def test_a_missing_template_is_named(folder, template):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: chat_template: got"):
+        read_with(folder, template)
+
+
+def test_a_broken_template_is_named(folder):
+    with pytest.raises(CheckpointError, match="not a valid template"):
+        read_with(folder, "{% for message in messages %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (MINI.replace("message['content']", "message['content'] | trim"), "it renders"),
+        (MINI.replace("{% for", "A chat:\n{% for", 1), "it starts a conversation with"),
+        ("{{ messages[-1]['content'] }}", "leaves out the user's or the assistant's content"),
+        (MINI.replace("'<|user|>", "loop.index ~ '<|user|>"), "it starts a conversation with"),
+        (MINI.replace("{% endfor", "{{ '' if loop.last else '--' }}{% endfor"), "depends on the"),
+        (MINI.replace("{% for", "{{ strftime_now('%d') }}{% for", 1), "leaves out"),
+        ("{{ ''.__class__.__mro__ }}", "leaves out"),
+    ],
+)
+def test_templates_that_are_not_data_are_refused(folder, template, reason):
+    with pytest.raises(UnsupportedError, match=reason):
+        read_with(folder, template)

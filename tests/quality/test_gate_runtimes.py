@@ -1,0 +1,164 @@
+"""The gate against real artifacts in their real runtimes, whole and broken."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.quality.sources import edit_json
+from toolkit import artifact, formats
+from toolkit.artifact import Quality
+from toolkit.checkpoint import Checkpoint
+from toolkit.console import Console
+from toolkit.families import read_decoder
+from toolkit.formats import Session
+from toolkit.quality import tokens
+from toolkit.quality.gate import FailedGateError, run_gate
+
+FORMATS = ("onnx", "gguf")
+
+
+@contextmanager
+def opened(name: str, folder: Path) -> Iterator[Session]:
+    session = formats.get(name).open_session(folder)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def gate(name: str, folder: Path, example: Path) -> Quality:
+    manifest = artifact.read_manifest(folder)
+    checkpoint = Checkpoint.open(example)
+    with opened(name, folder) as session:
+        return run_gate(
+            session,
+            checkpoint,
+            read_decoder(checkpoint.config),
+            manifest.chat,
+            manifest.limits,
+            check_logits=True,
+            smoke=manifest.smoke,
+            console=Console(as_json=True),
+        )
+
+
+@pytest.fixture
+def broken(artifacts, tmp_path) -> Callable[[str], Path]:
+    """Copies an artifact, to be broken."""
+    return lambda name: Path(shutil.copytree(artifacts[name], tmp_path / name))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_artifact_passes_and_the_manifest_says_so(name, artifacts, example):
+    recorded = artifact.read_manifest(artifacts[name]).quality
+    assert recorded.checked
+    assert all(measure.ok for measure in recorded.measures)
+    measured = gate(name, artifacts[name], example)
+    assert [m.name for m in measured.measures] == [m.name for m in recorded.measures]
+    found = {measure.name: measure.value for measure in measured.measures}
+    # 4 bits cannot be lossless: a divergence of zero would mean that nothing was compared.
+    assert 1e-4 < found["mean KL"] < 0.05
+    assert found["smoke answer"] == 1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_perturbed_tensor_fails(name, broken, example):
+    folder = broken(name)
+    {"onnx": negate_onnx_scales, "gguf": negate_gguf_scales}[name](folder)
+    with pytest.raises(FailedGateError, match="mean KL divergence from the source is"):
+        gate(name, folder, example)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_shifted_tokens_fail(name, broken, example):
+    folder = broken(name)
+    first, second = neighbours_of_equal_length(example)
+    if name == "onnx":
+        edit_json(folder / "tokenizer.json", lambda c: swap(c["model"]["vocab"], first, second))
+    else:
+        swap_bytes(next(folder.glob("*.gguf")), first.encode(), second.encode())
+    with pytest.raises(FailedGateError, match=r"token ids: .* encodes \d+ of \d+ probe texts"):
+        gate(name, folder, example)
+
+
+def test_an_onnx_artifact_without_one_stop_id_fails(broken, example):
+    folder = broken("onnx")
+    lost = Checkpoint.open(example).stop_ids[-1]
+    edit_json(
+        folder / "genai_config.json", lambda config: config["model"]["eos_token_id"].remove(lost)
+    )
+    with pytest.raises(FailedGateError, match=rf"stop ids: .* \[{lost}\]"):
+        gate("onnx", folder, example)
+
+
+def test_a_gguf_artifact_without_one_stop_id_fails(broken, example):
+    # The other stop tokens llama.cpp also knows by their texts.
+    folder = broken("gguf")
+    lost = redirect_gguf_key(folder, "tokenizer.ggml.eom_token_id")
+    assert lost in Checkpoint.open(example).stop_ids
+    with pytest.raises(FailedGateError, match=rf"stop ids: .* \[{lost}\]"):
+        gate("gguf", folder, example)
+
+
+def negate_onnx_scales(folder: Path) -> None:
+    """Change the sign of every scale of one matrix: its weights become their opposite."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    names = [i.name for i in graph.initializer if "down" in i.name and "scale" in i.name.lower()]
+    (scales,) = [i for i in graph.initializer if i.name == names[0]]
+    place = {entry.key: entry.value for entry in scales.external_data}
+    data = np.memmap(folder / place["location"], np.uint8, "r+")
+    offset = int(place["offset"])
+    part = data[offset : offset + int(place["length"])].view(np.float32)
+    part *= -1
+    data.flush()
+
+
+def negate_gguf_scales(folder: Path) -> None:
+    """Change the sign of the scale, the first two bytes, of every Q4_0 block of one matrix."""
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(next(folder.glob("*.gguf")), "r+")
+    (tensor,) = [t for t in reader.tensors if t.name == "blk.0.ffn_down.weight"]
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_0
+    blocks = tensor.data.reshape(-1, 18)
+    blocks[:, 1] ^= 0x80
+    reader.data.flush()
+
+
+def redirect_gguf_key(folder: Path, key: str) -> int:
+    """Set a token id of the header to 0; returns what it was."""
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(next(folder.glob("*.gguf")), "r+")
+    value = reader.fields[key].parts[-1]
+    before = int(value[0])
+    value[0] = 0
+    reader.data.flush()
+    return before
+
+
+def neighbours_of_equal_length(example: Path) -> tuple[str, str]:
+    """Two pieces of the vocabulary that probes use, as long as each other."""
+    tokenizer = tokens.read_tokenizer(Checkpoint.open(example))
+    ids = tokens.encode(tokenizer, " ".join(tokens.PLAIN_PROBES))
+    pieces = {tokenizer.id_to_token(i) for i in ids}
+    words = sorted(p for p in pieces if len(p) == 4 and p.isascii())
+    return words[0], words[1]
+
+
+def swap(vocabulary: dict[str, int], first: str, second: str) -> None:
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+
+def swap_bytes(path: Path, first: bytes, second: bytes) -> None:
+    """Swap two GGUF strings of equal length in place; a string is its length and its bytes."""
+    content = bytearray(path.read_bytes())
+    length = len(first).to_bytes(8, "little")
+    places = {text: content.find(length + text) + 8 for text in (first, second)}
+    for text, other in ((first, second), (second, first)):
+        if places[text] >= 8:
+            content[places[text] : places[text] + len(text)] = other
+    path.write_bytes(content)
