@@ -314,7 +314,7 @@ def _explain_crash(device: str, done: dict[str, Any]) -> RunnerError:
         ended = f"gave no answer within {done['timeout_s']:.0f} s"
     else:
         ended = f"was killed by {done['signal']}" if done["signal"] else f"ended: {done['code']}"
-    tail = _quote(done["stderr"].strip()[-SHOWN_CHARACTERS:])
+    tail = _quote(done["stderr"].strip()[-SHOWN_CHARACTERS:].replace("\n", " | "))
     advice = {
         "SIGKILL": "the device probably ran out of memory: shorten the context, or use fewer bits",
         "SIGILL": "the runtime's wheel uses instructions this processor lacks: try another version",

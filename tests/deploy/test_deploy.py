@@ -157,6 +157,7 @@ def test_runner_that_crashes(
     crash = (
         "import os, signal, sys\n"
         "__version__ = '0'\n"
+        "Model = None\n"
         "class Config:\n"
         "    def __init__(self, folder):\n"
         "        print('loading', folder, file=sys.stderr, flush=True)\n"

@@ -116,6 +116,13 @@ def test_stop_ids_of_the_checkpoint_and_end_of_turn(folder):
     assert alone.stop_texts == ("<|endoftext|>", "<|end|>")
 
 
+def test_lines_and_indents_of_blocks_do_not_count(folder):
+    # As transformers compiles templates: trim_blocks and lstrip_blocks.
+    block = "  {% if true %}\n{{ m['role'] ~ m['content'] }}\n  {% endif %}"
+    chat = read_with(folder, "{% for m in messages %}\n" + block + "\n{% endfor %}\n")
+    assert chat.turns["user"] == ("user", "\n")
+
+
 def test_a_template_file_wins(folder):
     (folder / "chat_template.jinja").write_text(MEDIUM, encoding="utf-8")
     assert read_with(folder, MINI).generation == ""

@@ -4,6 +4,7 @@ The runtime here is the checkpoint itself, or a checkpoint with something broken
 in real artifacts and real runtimes is in test_gate_runtimes.py.
 """
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,7 @@ def test_the_probe_is_a_chat_of_bounded_length(example):
     assert small == ids[:50]
 
 
-def test_the_zen_is_read_in_silence(capsys):
+def test_the_zen_is_read_in_silence(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "this", raising=False)
     assert read_zen().startswith("The Zen of Python, by Tim Peters\n\nBeautiful is better")
     assert capsys.readouterr().out == ""

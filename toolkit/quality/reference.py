@@ -59,15 +59,17 @@ def rotary_tables(rope: Rope, length: int) -> tuple[Array, Array]:
     With LongRoPE the whole sequence takes the long factors once it exceeds the original context,
     as transformers' longrope update does in a forward pass without a cache.
     """
-    exponents = np.arange(0, rope.rotary_dim, 2) / rope.rotary_dim
-    steps = rope.theta**exponents
+    # float32 at every step, as in transformers: far out its rounding is part of the model. Only the
+    # power is rounded from float64, which is what torch's float32 power gives.
+    exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
+    steps = np.power(rope.theta, exponents, dtype=np.float64).astype(np.float32)
     scale = 1.0
     if rope.is_long:
         is_beyond = length > rope.original_context
-        steps = steps * np.array(rope.long_factors if is_beyond else rope.short_factors)
+        factors = rope.long_factors if is_beyond else rope.short_factors
+        steps = steps * np.array(factors, np.float32)
         scale = rope.long_scale if is_beyond else rope.short_scale
-    # float32 from here, as in transformers: at far positions its rounding is part of the model.
-    frequencies = (1.0 / steps).astype(np.float32)
+    frequencies = np.float32(1) / steps
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
     return np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
 

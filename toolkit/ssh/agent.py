@@ -29,8 +29,11 @@ SHELL_NOT_FOUND = 127
 BOOTSTRAP = """
 import hashlib, json, os, sys
 root, name, mode = sys.argv[1:]
-folder = os.path.join(os.path.abspath(os.path.expanduser(root)), "v1", "blobs", "sha256")
+base = os.path.join(os.path.abspath(os.path.expanduser(root)), "v1")
+folder = os.path.join(base, "blobs", "sha256")
+incoming = os.path.join(base, "incoming")
 path = os.path.join(folder, name)
+part = os.path.join(incoming, "%s.%d.part" % (name, os.getpid()))
 answer = {"python": list(sys.version_info[:3]), "path": path}
 def check(content):
     return hashlib.sha256(content).hexdigest() == name
@@ -43,11 +46,12 @@ try:
         content = sys.stdin.buffer.read()
         if check(content):
             os.makedirs(folder, mode=0o700, exist_ok=True)
-            with open(path + ".new", "wb") as stream:
+            os.makedirs(incoming, mode=0o700, exist_ok=True)
+            with open(part, "wb") as stream:
                 stream.write(content)
-            os.chmod(path + ".new", 0o444)
-            sync(path + ".new")
-            os.replace(path + ".new", path)
+            os.chmod(part, 0o444)
+            sync(part)
+            os.replace(part, path)
             sync(folder)
     answer["have"] = os.path.isfile(path) and check(open(path, "rb").read())
 except (IOError, OSError) as error:

@@ -27,6 +27,7 @@ READ_BYTES = 256 << 10
 WINDOW_BYTES = 16 << 20
 PACKET_BYTES = 256 << 10
 START_TIMEOUT_S = 30
+END_TIMEOUT_S = 10
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ class EmbeddedDevice:
         self._is_cut = False
         self._connections: set[Any] = set()
         self._processes: set[asyncio.subprocess.Process] = set()
+        self._sessions: set[asyncio.Task[None]] = set()
 
     def start(self) -> Device:
         """Start serving; returns the device to connect to, with its host key pinned."""
@@ -126,8 +128,15 @@ class EmbeddedDevice:
             _kill(process)
         for connection in list(self._connections):
             connection.abort()
-        while self._processes:
-            await asyncio.sleep(0.01)
+        if self._sessions:
+            await asyncio.wait(self._sessions, timeout=END_TIMEOUT_S)
+
+    def _remember_session(self) -> None:
+        """Keep this task, so that the end of the device can wait for it."""
+        task = asyncio.current_task()
+        if task:
+            self._sessions.add(task)
+            task.add_done_callback(self._sessions.discard)
 
     async def _execute(self, channel: Any) -> None:
         """Run the command of one SSH session; it dies with the session."""
@@ -147,6 +156,7 @@ class EmbeddedDevice:
             stderr=asyncio.subprocess.PIPE,
         )
         self._processes.add(process)
+        self._remember_session()
         feeding = asyncio.create_task(_pump(channel.stdin, process.stdin))
         finished = asyncio.create_task(_finish(process, channel))
         gone = asyncio.create_task(channel.channel.wait_closed())

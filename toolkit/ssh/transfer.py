@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolkit.errors import ArtifactError
 from toolkit.ssh.agent import Agent
 
 PIECE_BYTES = 256 << 10
@@ -41,11 +42,10 @@ class Missing:
 def find_missing(agent: Agent, blobs: Sequence[Blob]) -> Missing:
     """Ask which blobs the device lacks; it hashes those it has again."""
     unique = {blob.sha256: blob for blob in blobs}
-    request = [{"sha256": blob.sha256, "size_bytes": blob.size_bytes} for blob in unique.values()]
     total_bytes = sum(blob.size_bytes for blob in unique.values())
     answer = agent.call(
         "missing",
-        json.dumps({"blobs": request}).encode(),
+        _announce(list(unique.values())),
         timeout_s=PATIENCE_S + total_bytes / SLOWEST_HASH_BYTES_PER_S,
     )
     missing = tuple(unique[sha256] for sha256 in answer["missing"])
@@ -53,25 +53,37 @@ def find_missing(agent: Agent, blobs: Sequence[Blob]) -> Missing:
 
 
 def send_blobs(agent: Agent, blobs: Sequence[Blob], advance: Callable[[int], None]) -> None:
-    """Send blobs one after the other; `advance` gets the bytes of each piece.
+    """Send blobs one after the other in one command; `advance` gets the bytes of each piece.
 
-    ArtifactError when other bytes arrived than the sha256 says: nothing is kept of them then.
+    ArtifactError when a file is not what its sha256 says: nothing is kept of that file then.
     """
+    if not blobs:
+        return
+    total_bytes = sum(blob.size_bytes for blob in blobs)
+    agent.change(
+        "receive",
+        _read_pieces(blobs, advance),
+        timeout_s=PATIENCE_S + total_bytes / SLOWEST_BYTES_PER_S,
+    )
+
+
+def _read_pieces(blobs: Sequence[Blob], advance: Callable[[int], None]) -> Iterator[bytes]:
+    """Yield a line that announces the blobs, then the bytes of each."""
+    yield _announce(blobs) + b"\n"
     for blob in blobs:
-        agent.change(
-            "receive",
-            _read_pieces(blob, advance),
-            timeout_s=PATIENCE_S + blob.size_bytes / SLOWEST_BYTES_PER_S,
-            sha256=blob.sha256,
-            size_bytes=blob.size_bytes,
-        )
+        left_bytes = blob.size_bytes
+        with blob.path.open("rb") as stream:
+            while piece := stream.read(min(PIECE_BYTES, left_bytes)):
+                left_bytes -= len(piece)
+                yield piece
+                advance(len(piece))
+        if left_bytes:
+            raise ArtifactError(
+                f"{blob.path}: {left_bytes} bytes are missing: it changed while it was sent",
+                advice="build the artifact again",
+            )
 
 
-def _read_pieces(blob: Blob, advance: Callable[[int], None]) -> Iterator[bytes]:
-    """Yield at most the announced bytes of a file that may be growing or shrinking."""
-    left_bytes = blob.size_bytes
-    with blob.path.open("rb") as stream:
-        while piece := stream.read(min(PIECE_BYTES, left_bytes)):
-            left_bytes -= len(piece)
-            yield piece
-            advance(len(piece))
+def _announce(blobs: Sequence[Blob]) -> bytes:
+    entries = [{"sha256": blob.sha256, "size_bytes": blob.size_bytes} for blob in blobs]
+    return json.dumps({"blobs": entries}).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,15 @@ def find_missing(layout: Layout, blobs: Sequence[dict[str, Any]]) -> dict[str, A
     }
 
 
-def receive_blob(layout: Layout, stream: BinaryIO, sha256: str, size_bytes: int) -> dict[str, Any]:
+def receive_blobs(layout: Layout, stream: BinaryIO) -> dict[str, Any]:
+    """Read a line that announces blobs, then the bytes of each; stops at the first bad one."""
+    blobs = json.loads(stream.readline())["blobs"]
+    for blob in blobs:
+        receive_blob(layout, stream, blob["sha256"], blob["size_bytes"])
+    return {"received": len(blobs)}
+
+
+def receive_blob(layout: Layout, stream: BinaryIO, sha256: str, size_bytes: int) -> None:
     """Read `size_bytes` from `stream` into a blob: hash, fsync, rename, fsync of the folder."""
     blob = layout.find_blob(sha256)
     part = layout.incoming / f"{sha256}.part"
@@ -56,7 +65,6 @@ def receive_blob(layout: Layout, stream: BinaryIO, sha256: str, size_bytes: int)
     part.chmod(0o444)
     part.replace(blob)
     sync_folder(layout.blobs)
-    return {"sha256": found, "size_bytes": size_bytes}
 
 
 def hash_file(path: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import engines
-from .blobs import find_missing, receive_blob
+from .blobs import find_missing, receive_blobs
 from .child import ask_release, import_engine
 from .facts import read_facts
 from .layout import Layout, open_layout
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("ask", "--release", "--max-tokens", "--answer-timeout-s")
     add("hold", "--owner", "--token")
     # Those below change the device: they work for the push that holds the lock.
-    add("receive", "--token", "--sha256", "--size-bytes")
+    add("receive", "--token")
     add("stage", "--token")
     add("discard", "--token", "--release")
     add("switch", "--token", "--release")
@@ -71,10 +71,6 @@ def _missing(layout: Layout, _: argparse.Namespace) -> dict[str, Any]:
     return find_missing(layout, json.load(sys.stdin)["blobs"])
 
 
-def _receive(layout: Layout, options: argparse.Namespace) -> dict[str, Any]:
-    return receive_blob(layout, sys.stdin.buffer, options.sha256, int(options.size_bytes))
-
-
 def _stage(layout: Layout, _: argparse.Namespace) -> dict[str, Any]:
     request = json.load(sys.stdin)
     return stage_release(layout, request["release"], request["files"])
@@ -91,7 +87,7 @@ _COMMANDS: dict[str, Callable[[Layout, argparse.Namespace], dict[str, Any]]] = {
     "facts": _facts,
     "status": lambda layout, _: read_status(layout),
     "missing": _missing,
-    "receive": _receive,
+    "receive": lambda layout, _: receive_blobs(layout, sys.stdin.buffer),
     "stage": _stage,
     "ask": _ask,
     "discard": lambda layout, options: discard_release(layout, options.release),

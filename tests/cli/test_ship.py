@@ -1,0 +1,93 @@
+"""`phiship ship`, `deploy`, `probe`, `status` from end to end, on the embedded device."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import events, run
+from toolkit.errors import ArtifactError, PlanError, SmokeError
+
+RECIPES = ["tiny-phi3-onnx-cpu-int4", "tiny-phi3-gguf-q4_0"]
+
+
+def step(done: object, name: str) -> dict[str, object]:
+    """The event of one step of a report."""
+    found = [e for e in events(done) if e["event"] == "step" and e["name"] == name]  # type: ignore[arg-type]
+    assert len(found) == 1, f"{name}: {found}"
+    return found[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ship_converts_checks_pushes_and_gets_the_right_answer(
+    recipe: str, example: Path, tmp_path: Path
+) -> None:
+    place = {"PHISHIP_EMBEDDED_ROOT": str(tmp_path / "device")}
+    arguments = ["ship", str(example), "embedded", "--recipe", recipe, "--out", str(tmp_path)]
+    done = run(*arguments, "--json", **place)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "Paris" in str(step(done, "smoke test")["measured"])
+    assert step(done, "gate")["ok"]
+    status = events(run("status", "embedded", "--json", **place))[-1]
+    assert status["current"].startswith(recipe)
+    again = run(*arguments, "--json", **place)
+    assert again.returncode == 0
+    assert "0 B sent" in str(step(again, "transfer")["measured"])
+
+
+def test_ship_without_a_recipe_chooses_one_that_fits(example: Path, tmp_path: Path) -> None:
+    place = {"PHISHIP_EMBEDDED_ROOT": str(tmp_path / "device")}
+    done = run("ship", str(example), "embedded", "--out", str(tmp_path), "--json", **place)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert str(step(done, "choose recipe")["measured"]).startswith("tiny-phi3-")
+
+
+def test_a_device_that_is_too_small_is_refused_before_anything_is_built(
+    example: Path, tmp_path: Path
+) -> None:
+    """A checkpoint of no bundled model's shape: nothing can be chosen for it."""
+    from tests.checkpoints import write_random_checkpoint
+
+    other = write_random_checkpoint(tmp_path / "other", "gqa")
+    place = {"PHISHIP_EMBEDDED_ROOT": str(tmp_path / "device")}
+    done = run("ship", str(other), "embedded", "--out", str(tmp_path / "out"), "--json", **place)
+    assert done.returncode == PlanError.exit_code
+    assert "--recipe" in events(done)[-1]["advice"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_answer_leaves_the_device_as_it_was(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    place = {"PHISHIP_EMBEDDED_ROOT": str(tmp_path / "device")}
+    assert run("deploy", str(artifacts["onnx"]), "embedded", **place).returncode == 0
+    before = events(run("status", "embedded", "--json", **place))[-1]
+    wrong = run(
+        "deploy", str(artifacts["gguf"]), "embedded", "--prompt", "What is 2 plus 2?",
+        "--expect", "five", "--json", **place,
+    )  # fmt: skip
+    assert wrong.returncode == SmokeError.exit_code
+    assert events(run("status", "embedded", "--json", **place))[-1]["current"] == before["current"]
+
+
+def test_an_unchecked_artifact_is_deployed_only_when_told(example: Path, tmp_path: Path) -> None:
+    place = {"PHISHIP_EMBEDDED_ROOT": str(tmp_path / "device")}
+    build = ["build", RECIPES[0], "--checkpoint", str(example), "--out", str(tmp_path)]
+    assert run(*build, "--no-check").returncode == 0
+    folder = str(tmp_path / RECIPES[0])
+    refused = run("deploy", folder, "embedded", **place)
+    assert refused.returncode == ArtifactError.exit_code
+    assert "--accept-unchecked" in refused.stderr
+    assert run("deploy", folder, "embedded", "--accept-unchecked", **place).returncode == 0
+
+
+def test_half_a_question_is_a_usage_error(artifacts: dict[str, Path]) -> None:
+    done = run("deploy", str(artifacts["onnx"]), "embedded", "--prompt", "What?")
+    assert done.returncode == 2
+    assert "--expect" in done.stderr
+
+
+def test_probe_shows_facts(tmp_path: Path) -> None:
+    done = run("probe", "embedded", "--json", PHISHIP_EMBEDDED_ROOT=str(tmp_path / "device"))
+    facts = events(done)[-1]
+    assert facts["word_bits"] == 64
+    assert facts["disk_free_bytes"] > 0
