@@ -47,6 +47,12 @@ def start_embedded(tmp_path: Path) -> Iterator[Callable[..., EmbeddedDevice]]:
         device.stop()
 
 
+@pytest.fixture
+def board(start_embedded: Callable[..., EmbeddedDevice]) -> Device:
+    """An embedded device, for what does not depend on the SSH server."""
+    return start_embedded().start()
+
+
 @pytest.fixture(params=["embedded", "openssh"])
 def device(request: pytest.FixtureRequest, tmp_path: Path) -> Device:
     """Any device must pass; one of each kind."""

@@ -77,12 +77,12 @@ def test_deploy_twice(
 
 
 def test_both_formats_after_each_other(
-    artifacts: dict[str, Path], device: Device, console: Console
+    artifacts: dict[str, Path], board: Device, console: Console
 ) -> None:
     for kind in ("onnx", "gguf"):
-        report = deploy(artifacts[kind], device, console)
+        report = deploy(artifacts[kind], board, console)
     assert find_steps(report)["switch"] == f"from {find_release(artifacts['onnx'])}"
-    status = read_status(device)
+    status = read_status(board)
     assert status.current == find_release(artifacts["gguf"])
     assert status.previous == find_release(artifacts["onnx"])
 
@@ -110,23 +110,23 @@ def test_wrong_answer_changes_nothing(
 
 
 def test_wrong_answer_of_the_release_in_use(
-    artifacts: dict[str, Path], device: Device, console: Console
+    artifacts: dict[str, Path], board: Device, console: Console
 ) -> None:
     """It stays, although the same artifact has just failed another question."""
-    deploy(artifacts["onnx"], device, console)
+    deploy(artifacts["onnx"], board, console)
     with pytest.raises(SmokeError):
-        deploy(artifacts["onnx"], device, console, smoke=QUESTION)
-    assert read_status(device).current == find_release(artifacts["onnx"])
-    assert generate(device, "Hello", 4).text
+        deploy(artifacts["onnx"], board, console, smoke=QUESTION)
+    assert read_status(board).current == find_release(artifacts["onnx"])
+    assert generate(board, "Hello", 4).text
 
 
 def test_answer_is_compared_without_case_and_spaces(
-    artifacts: dict[str, Path], device: Device, console: Console
+    artifacts: dict[str, Path], board: Device, console: Console
 ) -> None:
     smoke = read_manifest(artifacts["onnx"]).smoke
     assert smoke
     loud = msgspec.structs.replace(smoke, expect=f"  {smoke.expect.upper()}\n")
-    assert deploy(artifacts["onnx"], device, console, smoke=loud).ok
+    assert deploy(artifacts["onnx"], board, console, smoke=loud).ok
 
 
 def test_words_of_a_model_cannot_steer_a_terminal() -> None:
@@ -193,11 +193,11 @@ def test_runtime_that_is_not_there(
     assert "-m pip install onnxruntime-genai==0.11.0" in caught.value.advice
 
 
-def test_model_the_runtime_refuses(device: Device, tmp_path: Path, console: Console) -> None:
+def test_model_the_runtime_refuses(board: Device, tmp_path: Path, console: Console) -> None:
     """Noise instead of a graph, in the real runtime; nothing stays staged."""
     with pytest.raises(RunnerError, match="cannot load it"):
-        deploy(seal_noise(tmp_path / "noise"), device, console)
-    assert read_status(device).releases == ()
+        deploy(seal_noise(tmp_path / "noise"), board, console)
+    assert read_status(board).releases == ()
 
 
 def test_disk_too_small(
@@ -214,13 +214,13 @@ def test_disk_too_small(
     assert (status.blobs, status.incoming) == (1, ())
 
 
-def test_memory_too_small(device: Device, tmp_path: Path, console: Console) -> None:
+def test_memory_too_small(board: Device, tmp_path: Path, console: Console) -> None:
     artifact = seal_noise(tmp_path / "noise", memory_bytes=10**15)
     report = Report("deploy")
     with pytest.raises(PreflightError, match="1000000 GB"):
-        deploy(artifact, device, console, report=report)
+        deploy(artifact, board, console, report=report)
     assert "GB free" in report.steps[-1].measured
-    assert read_status(device).blobs == 1
+    assert read_status(board).blobs == 1
 
 
 @pytest.mark.parametrize(("machine", "bits"), [("armv7l", 32), ("aarch64", 32), ("riscv64", 64)])
@@ -233,13 +233,13 @@ def test_machine_that_no_runtime_knows(
         deploying.check_facts("board", other, read_manifest(seal_noise(tmp_path / "noise")))
 
 
-def test_unchecked_artifact(tmp_path: Path, device: Device, console: Console) -> None:
+def test_unchecked_artifact(tmp_path: Path, board: Device, console: Console) -> None:
     artifact = seal_noise(tmp_path / "noise", checked=False)
     with pytest.raises(ArtifactError, match="unchecked"):
-        deploy(artifact, device, console)
+        deploy(artifact, board, console)
     report = Report("deploy")
     with pytest.raises(RunnerError):  # it gets as far as its noise can
-        deploy(artifact, device, console, accept_unchecked=True, report=report)
+        deploy(artifact, board, console, accept_unchecked=True, report=report)
     assert report.steps[-1].name == "smoke test"
 
 
@@ -272,7 +272,7 @@ def test_damaged_artifact_never_leaves_this_machine(
 
 @pytest.mark.parametrize("path", ["../outside", "/etc/hostname"])
 def test_manifest_that_names_a_file_outside(
-    tmp_path: Path, device: Device, console: Console, path: str
+    tmp_path: Path, board: Device, console: Console, path: str
 ) -> None:
     artifact = seal_noise(tmp_path / "noise")
     (tmp_path / "outside").write_text("x")
@@ -284,8 +284,8 @@ def test_manifest_that_names_a_file_outside(
     )  # fmt: skip
     write_manifest(artifact, msgspec.structs.replace(manifest, files=(outside,)))
     with pytest.raises(PhishipError, match="leads out"):
-        deploy(artifact, device, console)
-    assert read_status(device).releases == ()
+        deploy(artifact, board, console)
+    assert read_status(board).releases == ()
 
 
 def test_unreachable_device(tmp_path: Path, openssh: OpenSSH, console: Console) -> None:
@@ -334,11 +334,11 @@ def test_power_cut_while_sending(
 
 
 def test_same_artifact_with_another_runner_is_another_release(
-    device: Device, artifacts: dict[str, Path], console: Console, monkeypatch: pytest.MonkeyPatch
+    board: Device, artifacts: dict[str, Path], console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A newer runner never changes a release in place."""
-    deploy(artifacts["onnx"], device, console)
-    before = read_status(device).current
+    deploy(artifacts["onnx"], board, console)
+    before = read_status(board).current
     runner = pack_runner()
     # A zip file may have anything before its first entry.
     content = b"#!/usr/bin/env python3\n" + runner.content
@@ -347,15 +347,15 @@ def test_same_artifact_with_another_runner_is_another_release(
     )
     for module in ("toolkit.deploy", "toolkit.ssh.agent"):
         monkeypatch.setattr(f"{module}.pack_runner", lambda: changed)
-    assert deploy(artifacts["onnx"], device, console).ok
-    after = read_status(device)
+    assert deploy(artifacts["onnx"], board, console).ok
+    after = read_status(board)
     assert after.previous == before
     assert after.current != before
 
 
-def test_question_without_a_release(device: Device) -> None:
+def test_question_without_a_release(board: Device) -> None:
     with pytest.raises(RunnerError, match="no release is deployed"):
-        generate(device, "Hello")
+        generate(board, "Hello")
 
 
 def test_probe(device: Device) -> None:

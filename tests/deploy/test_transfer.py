@@ -182,12 +182,12 @@ def test_root_that_cannot_be_used(openssh: OpenSSH, tmp_path: Path) -> None:
     assert "root:" in caught.value.advice
 
 
-def test_damaged_runner_is_replaced(device: Device) -> None:
-    with agent_on(device) as agent:
+def test_damaged_runner_is_replaced(board: Device) -> None:
+    with agent_on(board) as agent:
         path = find_base(agent) / "blobs" / "sha256" / pack_runner().sha256
         path.chmod(0o600)
         path.write_bytes(b"damaged")
-    with agent_on(device) as agent:
+    with agent_on(board) as agent:
         assert find_base(agent)
     assert path.read_bytes() == pack_runner().content
 
@@ -198,13 +198,13 @@ def test_commands_are_values() -> None:
     assert command.endswith(f""" '~/it'"'"'s here' {"0" * 64} look""")
 
 
-def test_many_agents_at_once(device: Device) -> None:
+def test_many_agents_at_once(board: Device) -> None:
     """The first contact of several hosts at the same time leaves a whole runner."""
     errors: list[BaseException] = []
 
     def contact() -> None:
         try:
-            with agent_on(device) as agent:
+            with agent_on(board) as agent:
                 agent.call("status")
         except BaseException as error:
             errors.append(error)

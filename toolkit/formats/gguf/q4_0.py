@@ -23,6 +23,8 @@ STEP_BLOCKS = 1 << 12
 SIGN = np.uint16(0x8000)
 # Below 2^-116 the inverse of a scale may be infinite, and ggml's code is undefined in C.
 TINY = np.uint16((127 - 116) << 7)
+HALF_WORD, HIGH_HALF = np.uint32(16), np.uint32(0xFFFF0000)
+BYTE, NIBBLE = np.uint16(256), np.uint8(16)
 
 Bits = NDArray[np.uint16]
 Floats = NDArray[np.float32]
@@ -43,28 +45,30 @@ def find_extremes(raw: Bits) -> Bits:
     positive = np.maximum(_reduce_fours(highest), np.int16(0)).view(np.uint16)
     negative = np.maximum(_reduce_fours(lowest), SIGN)
     opposite = negative ^ SIGN
-    extremes = np.where(positive >= opposite, positive, negative)
+    extremes = np.maximum(positive, opposite)
+    extremes |= np.left_shift(opposite > positive, 15, dtype=np.uint16)
     ties = np.flatnonzero((positive == opposite) & (positive > 0))
     rows = weights[ties]
     extremes[ties] = rows[np.arange(ties.size), np.argmax(rows & ~SIGN, axis=1)]
     return extremes
 
 
-def holds_tiny(extremes: Bits) -> bool:
-    """True when a block's weights are so small that ggml itself must quantize them."""
-    return bool(((extremes & ~SIGN) - np.uint16(1) < TINY - 1).any())  # 0 wraps to 65535
+def quantize(raw: Bits, extremes: Bits, encoded: NDArray[np.uint8]) -> bool:
+    """Quantize finite bf16 bits, whole blocks in C order, to blocks of 18 bytes.
 
-
-def quantize(raw: Bits, extremes: Bits, scales: Floats, encoded: NDArray[np.uint8]) -> None:
-    """Fill the codes of blocks of 18 bytes; `scales` are left for the caller to write.
-
-    raw is finite bf16 bits, whole blocks in C order.
+    False, and nothing done, where a block's weights are so small that ggml itself must do it.
     """
-    weights, codes = raw.reshape(-1, BLOCK_WEIGHTS), encoded.reshape(-1).view(BLOCK)["codes"]
+    if ((extremes & ~SIGN) - np.uint16(1) < TINY - 1).any():  # 0 wraps to 65535
+        return False
+    weights, blocks = raw.reshape(-1, BLOCK_WEIGHTS), encoded.reshape(-1).view(BLOCK)
+    scales = np.left_shift(extremes, 16, dtype=np.uint32).view(np.float32)
+    np.multiply(scales, np.float32(-1 / 8), out=scales)
     inverses = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     work = _work()
+    blocks["scale"] = scales
     for part in _steps(len(weights)):
-        work.encode(weights[part], inverses[part], codes[part])
+        work.encode(weights[part], inverses[part], blocks["codes"][part])
+    return True
 
 
 class _Work:
@@ -75,6 +79,7 @@ class _Work:
         self._words = np.empty(count // 4, np.uint64)
         self._half = np.empty(count // 2, np.uint32)
         self._codes = [np.empty(count // 2, np.uint16) for _ in range(2)]
+        self._spread = np.empty(count // 16, np.float32)
         self._limits = np.full(count // 8, 15, np.uint8)
 
     def turn(self, weights: Bits) -> NDArray[np.uint64]:
@@ -88,7 +93,8 @@ class _Work:
         pairs = self.turn(weights).view(np.uint32)
         half = self._half[: pairs.size].reshape(pairs.shape)
         low, high = (codes[: pairs.size].reshape(pairs.shape) for codes in self._codes)
-        spread = np.repeat(inverses, 2)
+        spread = self._spread[: pairs.shape[1]]
+        spread[0::2] = spread[1::2] = inverses
         np.left_shift(pairs, HALF_WORD, out=half)
         _scale_and_round(half.view(np.float32), spread, low)
         np.bitwise_and(pairs, HIGH_HALF, out=pairs)
@@ -101,10 +107,6 @@ class _Work:
         np.bitwise_or(single[:4], single[4:], out=single[:4])
         for index, row in enumerate(single[:4].view(np.uint32)):
             codes[:, index] = row
-
-
-HALF_WORD, HIGH_HALF = np.uint32(16), np.uint32(0xFFFF0000)
-BYTE, NIBBLE = np.uint16(256), np.uint8(16)
 
 
 def _scale_and_round(values: Floats, inverses: Floats, codes: Bits) -> None:
