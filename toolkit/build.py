@@ -22,11 +22,11 @@ from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
 from toolkit.errors import ArtifactError, BuildError, CheckpointError, PlanError
 from toolkit.families import read_decoder
-from toolkit.plan import Plan, make_plan
+from toolkit.plan import Plan, make_plan, measure_rest
 from toolkit.quality.chat import read_chat
-from toolkit.quality.gate import run_gate
+from toolkit.quality.gate import FailedGateError, run_gate
 from toolkit.recipe import Recipe
-from toolkit.report import Report
+from toolkit.report import Report, Step
 from toolkit.stream import stream
 
 
@@ -57,6 +57,7 @@ def build(
         plan = make_plan(
             recipe, decoder, context_length=options.context_length, workers=options.workers,
             memory_bytes=options.memory_bytes,
+            rest_bytes=measure_rest(checkpoint),
         )  # fmt: skip
         _check_gate_memory(plan, options)
         source = Source(
@@ -118,8 +119,9 @@ def _check_and_describe(
     recipe, needs = plan.recipe, plan.needs
     chat = read_chat(checkpoint)
     with report.step("gate" if options.check else "gate (token ids only)") as step:
-        quality = _gate(folder, recipe, plan.decoder, checkpoint, chat, options.check, console)
-        step.measured, step.limit = describe(quality)
+        quality = _gate(
+            folder, recipe, plan.decoder, checkpoint, chat, options.check, console, step
+        )
     return Manifest(
         schema=artifact.SCHEMA,
         name=recipe.name,
@@ -167,9 +169,7 @@ def check_artifact(
             )
         step.measured = str(checkpoint.folder)
     with report.step("gate") as step:
-        quality = _gate(folder, recipe, decoder, checkpoint, manifest.chat, True, console)
-        step.measured, step.limit = describe(quality)
-    return quality
+        return _gate(folder, recipe, decoder, checkpoint, manifest.chat, True, console, step)
 
 
 def _source_of(manifest: Manifest) -> str:
@@ -192,23 +192,29 @@ def _recipe_of(manifest: Manifest) -> Recipe:
 
 def _gate(
     folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, chat: Chat,
-    check_logits: bool, console: Console,
+    check_logits: bool, console: Console, step: Step,
 ) -> Quality:  # fmt: skip
+    """Run the gate and note in `step` what was measured, also when it fails."""
     session = formats.get(recipe.format).open_session(folder)
     try:
-        return run_gate(
+        quality = run_gate(
             session, checkpoint, decoder, chat, recipe.check,
             check_logits=check_logits, smoke=recipe.smoke, console=console,
         )  # fmt: skip
+    except FailedGateError as error:
+        _note(step, error.quality, console)
+        raise
     finally:
         session.close()
+    _note(step, quality, console)
+    return quality
 
 
-def describe(quality: Quality) -> tuple[str, str]:
-    """The gate's measures and their limits as two texts."""
-    measured = ", ".join(f"{m.name} {m.value:.4g}" for m in quality.measures)
-    limits = ", ".join(f"{m.name} {m.limit:g}" for m in quality.measures if m.limit is not None)
-    return measured, limits
+def _note(step: Step, quality: Quality, console: Console) -> None:
+    limited = [measure for measure in quality.measures if measure.limit is not None]
+    step.measured = "\n".join(f"{measure.name} {measure.value:.3g}" for measure in limited)
+    step.limit = "\n".join(f"{measure.limit:g}" for measure in limited)
+    console.event("quality", **msgspec.to_builtins(quality))
 
 
 def _is_same(final: Path, plan: Plan, source: Source, options: Options) -> bool:

@@ -5,12 +5,13 @@ from pathlib import Path
 import msgspec
 
 from toolkit import catalog
+from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
 from toolkit.checkpoint.hub import resolve
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
 from toolkit.families import read_decoder
-from toolkit.plan import Plan, check_fit, make_plan
+from toolkit.plan import REST_BYTES, Plan, check_fit, make_plan, measure_rest
 from toolkit.recipe import Recipe
 from toolkit.target import Target
 
@@ -43,9 +44,14 @@ def show_plan(
     """Show the plan; PlanError when it does not fit the target."""
     recipe = catalog.load_recipe(recipe_name)
     target = catalog.load_target(target_name) if target_name else None
-    decoder = _decoder(recipe, checkpoint, console)
+    opened = resolve(checkpoint, console) if checkpoint else None
     plan = make_plan(
-        recipe, decoder, context_length=context, workers=workers, memory_bytes=memory_bytes
+        recipe,
+        _decoder(recipe, opened),
+        context_length=context,
+        workers=workers,
+        memory_bytes=memory_bytes,
+        rest_bytes=measure_rest(opened) if opened else REST_BYTES,
     )
     rows = _settings(plan) + _costs(plan, target)
     console.event(
@@ -71,14 +77,14 @@ def show_plan(
         console.note(f"fits {target.name}")
 
 
-def _decoder(recipe: Recipe, checkpoint: str | None, console: Console) -> Decoder:
-    if checkpoint:
-        opened = resolve(checkpoint, console)
-        decoder = read_decoder(opened.config)
-        opened.check(decoder)
-        return decoder
-    model = catalog.load_model(recipe.model)
-    return read_decoder(Config(f"models/{model.name}.yaml", model.config))
+def _decoder(recipe: Recipe, checkpoint: Checkpoint | None) -> Decoder:
+    """The checkpoint's architecture; without one, that of the recipe's model."""
+    if checkpoint is None:
+        model = catalog.load_model(recipe.model)
+        return read_decoder(Config(f"models/{model.name}.yaml", model.config))
+    decoder = read_decoder(checkpoint.config)
+    checkpoint.check(decoder)
+    return decoder
 
 
 def _settings(plan: Plan) -> list[list[str]]:

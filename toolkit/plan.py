@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 
 from toolkit import __version__, catalog, formats
+from toolkit.checkpoint import Checkpoint
 from toolkit.console import format_bytes
 from toolkit.decoder import Decoder
 from toolkit.errors import PhishipError, PlanError
@@ -19,6 +20,7 @@ PARENT_BYTES = 100_000_000
 WORKER_BYTES = 100_000_000
 # Small files beside the weights (graph, tokenizer, GGUF header): Phi-3's tokenizer is 2.4 MB.
 REST_BYTES = 5_000_000
+GRAPH_BYTES = 250_000
 RUNNER_BYTES = 1_000_000
 MOST_WORKERS = 8
 
@@ -33,11 +35,12 @@ class Plan:
     data: DataFile
     needs: RuntimeNeeds
     workers: int
+    rest_bytes: int = REST_BYTES
 
     @property
     def artifact_bytes(self) -> int:
         """Size of the artifact: exact for the weights, rounded up for the small files."""
-        return self.data.size_bytes + REST_BYTES
+        return self.data.size_bytes + self.rest_bytes
 
     @property
     def kv_bytes(self) -> int:
@@ -83,6 +86,7 @@ def make_plan(
     context_length: int | None = None,
     workers: int | None = None,
     memory_bytes: int | None = None,
+    rest_bytes: int = REST_BYTES,
 ) -> Plan:
     """Fill in every default; PlanError when the recipe cannot hold this architecture."""
     context = context_length or recipe.context_length or decoder.context
@@ -100,7 +104,13 @@ def make_plan(
         data=module.lay_out(recipe, decoder, context),
         needs=module.needs(recipe, decoder, context),
         workers=_limit_workers(workers, memory_bytes),
+        rest_bytes=rest_bytes,
     )
+
+
+def measure_rest(checkpoint: Checkpoint) -> int:
+    """Bytes of the small files, known once there is a checkpoint: tokenizer and graph."""
+    return GRAPH_BYTES + sum(path.stat().st_size for path in checkpoint.tokenizer_files())
 
 
 def _limit_workers(workers: int | None, memory_bytes: int | None) -> int:

@@ -131,9 +131,11 @@ def _not_yaml(path: Path, text: str, error: yaml.YAMLError) -> SettingsError:
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
         return SettingsError(f"{path}:{line}: not YAML: got the character U+{error.character:04X}")
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    mark = getattr(error, "problem_mark", None)
     problem = str(getattr(error, "problem", None) or error).replace("\n", " ")
-    return SettingsError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {problem}")
+    began = getattr(error, "context_mark", None)
+    context = f" ({error.context} from line {began.line + 1})" if began else ""
+    return SettingsError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {problem}{context}")
 
 
 def _read(spot: _Spot, kind: Any, given: Mapping[str, object]) -> Any:
@@ -168,7 +170,7 @@ def _read_tagged(spot: _Spot, kinds: tuple[Any, ...], given: Mapping[str, object
     by_tag = {_tag(kind): kind for kind in kinds}
     allowed = ", ".join(sorted(by_tag))
     if not isinstance(spot.node, yaml.MappingNode):
-        raise spot.wrong(f"a mapping with {key}: {' or '.join(sorted(by_tag))}")
+        raise spot.wrong(_describe_tagged(kinds))
     tag = spot.entries(kinds[0]).get(key)
     if tag is None:
         raise spot.error(f"missing; allowed {allowed}", key=key)
@@ -276,8 +278,12 @@ def _describe(kind: Any) -> str:
     if origin is Annotated:
         return _describe_limits(arguments)
     if origin in (Union, types.UnionType):
+        if all(_is_struct(argument) and _tag(argument) for argument in arguments):
+            return _describe_tagged(arguments)
         return " or ".join(_describe(argument) for argument in arguments)
     if _is_struct(kind):
+        if _tag(kind):
+            return _describe_tagged((kind,))
         fields = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
         return f"a mapping with the keys {fields}"
     if isinstance(kind, type) and issubclass(kind, ByteSize):
@@ -285,6 +291,11 @@ def _describe(kind: Any) -> str:
     if origin in (list, tuple):
         return f"a list of {_describe(arguments[0])}"
     return WORDS.get(origin or kind, "any value")
+
+
+def _describe_tagged(kinds: tuple[Any, ...]) -> str:
+    tags = " or ".join(sorted(map(_tag, kinds)))
+    return f"a mapping with {kinds[0].__struct_config__.tag_field}: {tags}"
 
 
 def _describe_limits(arguments: tuple[Any, ...]) -> str:

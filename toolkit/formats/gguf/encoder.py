@@ -7,17 +7,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import to_float32
-from toolkit.formats.gguf.ggml import load_library
+from toolkit.formats.gguf import q4_0
+from toolkit.formats.gguf.ggml import load_library, to_float16
 from toolkit.formats.gguf.mix import GgmlType
 from toolkit.stream import write_rows
 
 # A kernel call takes about this many weights, so that they stay in a core's L2 as float32.
-CHUNK_WEIGHTS = 1 << 16
-# Bits of the magnitude, and the least of them that is Inf or NaN
-MAGNITUDES: dict[np.dtype[Any], tuple[str, int, int]] = {
-    np.dtype("<u2"): ("<u2", 0x7FFF, 0x7F80),  # bf16 as bits
-    np.dtype("<f2"): ("<u2", 0x7FFF, 0x7C00),
-    np.dtype("<f4"): ("<u4", 0x7FFFFFFF, 0x7F800000),
+CHUNK_WEIGHTS = 1 << 17
+WIDE_TYPES = (GgmlType.F32, GgmlType.BF16)
+
+
+@dataclass(frozen=True)
+class _Magnitudes:
+    """A float type's bits without the sign, which order like the magnitudes."""
+
+    unsigned: str
+    mask: int
+    infinity: int
+    largest: int  # that every type holds
+    largest_half: int  # that types with float16 inside hold: 65504
+
+
+MAGNITUDES: dict[np.dtype[Any], _Magnitudes] = {
+    np.dtype("<u2"): _Magnitudes("<u2", 0x7FFF, 0x7F80, 0x7F7F, 0x477F),  # bf16 as bits
+    np.dtype("<f2"): _Magnitudes("<u2", 0x7FFF, 0x7C00, 0x7BFF, 0x7BFF),
+    np.dtype("<f4"): _Magnitudes("<u4", 0x7FFFFFFF, 0x7F800000, 0x7F7F0000, 0x477FE000),
 }
 
 
@@ -31,34 +45,47 @@ class GgmlEncoder:
         """Encode and write rows; ValueError on Inf, NaN and weights the type cannot hold."""
         rows, columns = raw.shape
         encoded = _buffer(rows * self.kind.row_bytes(columns)).reshape(rows, -1)
-        step = max(1, CHUNK_WEIGHTS // columns)
-        for first in range(0, rows, step):
-            part = raw[first : first + step]
-            _check_finite(part, row + first)
-            self._encode(part, encoded[first : first + step], row + first)
+        if not (self.kind == GgmlType.Q4_0 and _quantize_fast(raw, encoded)):
+            step = max(1, CHUNK_WEIGHTS // columns)
+            for first in range(0, rows, step):
+                part = raw[first : first + step]
+                self._require_range(part, row + first)
+                self._encode(part, encoded[first : first + step])
         write_rows(descriptor, encoded, row, offsets[0])
 
-    def _encode(self, raw: NDArray[Any], encoded: NDArray[np.uint8], row: int) -> None:
+    def _encode(self, raw: NDArray[Any], encoded: NDArray[np.uint8]) -> None:
         if self.kind == GgmlType.BF16 and raw.dtype == np.uint16:
             encoded[:] = raw.view(np.uint8)
-            return
-        library, wide = load_library(), to_float32(raw)
-        source, target = wide.ctypes.data, encoded.ctypes.data
-        if self.kind == GgmlType.F16:  # ggml_quantize_chunk makes the same, 13 times slower
-            library.ggml_cpu_fp32_to_fp16(source, target, wide.size)
+        elif self.kind == GgmlType.F16:
+            encoded[:] = to_float16(to_float32(raw)).view(np.uint8)
         else:
-            library.ggml_quantize_chunk(self.kind, source, target, 0, *wide.shape, None)
-        if not library.ggml_validate_row_data(self.kind, target, encoded.size):
-            raise ValueError(f"row {row} and following: a weight is too large for {self.kind.name}")
+            wide = to_float32(raw)
+            source, target = wide.ctypes.data, encoded.ctypes.data
+            load_library().ggml_quantize_chunk(self.kind, source, target, 0, *wide.shape, None)
+
+    def _require_range(self, raw: NDArray[Any], row: int) -> None:
+        """ggml looks neither at its input nor at the scales it makes."""
+        known = MAGNITUDES[raw.dtype]
+        limit = known.largest if self.kind in WIDE_TYPES else known.largest_half
+        magnitudes = raw.view(known.unsigned) & known.mask
+        if magnitudes.max() <= limit:
+            return
+        bad_row, column = np.argwhere(magnitudes > limit)[0]
+        where = f"in row {row + bad_row}, column {column}"
+        if magnitudes[bad_row, column] >= known.infinity:
+            raise ValueError(f"non-finite weight (NaN or Inf) {where}")
+        raise ValueError(f"weight too large for {self.kind.name} (65504 at most) {where}")
 
 
-def _check_finite(raw: NDArray[Any], row: int) -> None:
-    """Look at the raw bits: faster than isfinite, and without a float copy."""
-    unsigned, mask, least = MAGNITUDES[raw.dtype]
-    magnitudes = raw.view(unsigned) & mask
-    if magnitudes.max() >= least:
-        bad_row, column = np.argwhere(magnitudes >= least)[0]
-        raise ValueError(f"non-finite weight (NaN or Inf) in row {row + bad_row}, column {column}")
+def _quantize_fast(raw: NDArray[Any], encoded: NDArray[np.uint8]) -> bool:
+    """Q4_0 of bf16; False where the plain way has to decide, or to say what is wrong."""
+    if raw.dtype != np.uint16:
+        return False
+    known = MAGNITUDES[raw.dtype]
+    extremes = q4_0.find_extremes(raw)
+    if (extremes & known.mask).max() > known.largest_half:
+        return False
+    return q4_0.quantize(raw, extremes, encoded)
 
 
 _buffers: dict[str, NDArray[np.uint8]] = {}

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.formats.gguf.ggml import to_float16
+
 BLOCK_WEIGHTS = 32
 BLOCK = np.dtype([("scale", "<f2"), ("codes", "<u4", (4,))])
 WORDS = 8  # 64-bit words of a block
@@ -65,7 +67,7 @@ def quantize(raw: Bits, extremes: Bits, encoded: NDArray[np.uint8]) -> bool:
     np.multiply(scales, np.float32(-1 / 8), out=scales)
     inverses = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     work = _work()
-    blocks["scale"] = scales
+    blocks["scale"] = to_float16(scales)
     for part in _steps(len(weights)):
         work.encode(weights[part], inverses[part], blocks["codes"][part])
     return True
