@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from toolkit.errors import ArtifactError
+from toolkit.progress import Advance, ignore
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -113,24 +114,31 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return sum(file.size_bytes for file in self.files)
 
 
-def hash_file(path: Path) -> str:
-    """Return the hex sha256 of a file, read in pieces of 1 MiB."""
+def hash_file(path: Path, advance: Advance = ignore) -> str:
+    """Return the hex sha256 of a file, read in pieces of 1 MiB; `advance` is told the bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(HASH_CHUNK_BYTES):
             digest.update(piece)
+            advance(len(piece))
     return digest.hexdigest()
 
 
-def list_files(folder: Path) -> tuple[File, ...]:
+def list_files(folder: Path, advance: Advance = ignore) -> tuple[File, ...]:
     """Hash every file below `folder` but the manifest, in order of path."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     return tuple(
         File(
-            path=p.relative_to(folder).as_posix(), size_bytes=p.stat().st_size, sha256=hash_file(p)
+            path=path.relative_to(folder).as_posix(),
+            size_bytes=path.stat().st_size,
+            sha256=hash_file(path, advance),
         )
-        for p in paths
+        for path in content_paths(folder)
     )
+
+
+def content_paths(folder: Path) -> list[Path]:
+    """Every file below `folder` but the manifest, in order of path."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -157,12 +165,12 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
 
 
-def verify_files(folder: Path, files: Iterable[File]) -> None:
+def verify_files(folder: Path, files: Iterable[File], advance: Advance = ignore) -> None:
     """Compare every file with the manifest; ArtifactError on the first difference."""
     for file in files:
         path = folder / file.path
         found_bytes = path.stat().st_size if path.is_file() else -1
-        if found_bytes != file.size_bytes or hash_file(path) != file.sha256:
+        if found_bytes != file.size_bytes or hash_file(path, advance) != file.sha256:
             found = "missing" if found_bytes < 0 else f"{found_bytes} bytes, other content"
             raise ArtifactError(
                 f"{path}: found {found}; the manifest says {file.size_bytes} bytes, "

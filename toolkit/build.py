@@ -74,7 +74,7 @@ def build(
         _convert(plan, checkpoint, folder, console, report)
         manifest = _check_and_describe(plan, checkpoint, source, folder, options, console, report)
         with report.step("seal") as step:
-            sealed = msgspec.structs.replace(manifest, files=_sync_and_list(folder))
+            sealed = msgspec.structs.replace(manifest, files=_sync_and_list(folder, console))
             artifact.write_manifest(folder, sealed)
             _publish(folder, final)
             step.measured = f"{len(sealed.files)} files, {format_bytes(sealed.size_bytes)}"
@@ -155,7 +155,8 @@ def check_artifact(
     """Verify a sealed artifact's files and run the gate on it; GateError when it fails."""
     manifest = artifact.read_manifest(folder)
     with report.step("files") as step:
-        artifact.verify_files(folder, manifest.files)
+        with console.progress("verify", manifest.size_bytes) as advance:
+            artifact.verify_files(folder, manifest.files, advance)
         step.measured = f"{len(manifest.files)} files, {format_bytes(manifest.size_bytes)}"
     recipe = _recipe_of(manifest)
     with report.step("source") as step:
@@ -265,11 +266,13 @@ def _temporary(out: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sync_and_list(folder: Path) -> tuple[artifact.File, ...]:
-    for path in folder.rglob("*"):
-        if path.is_file():
+def _sync_and_list(folder: Path, console: Console) -> tuple[artifact.File, ...]:
+    """Make the content durable and hash it."""
+    paths = artifact.content_paths(folder)
+    with console.progress("seal", sum(path.stat().st_size for path in paths)) as advance:
+        for path in paths:
             fileio.sync(path)
-    return artifact.list_files(folder)
+        return artifact.list_files(folder, advance)
 
 
 def _publish(folder: Path, final: Path) -> None:

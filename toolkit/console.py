@@ -1,7 +1,7 @@
 """The only module that prints: tables and progress for people, JSON lines for scripts."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import rich.box
@@ -11,9 +11,8 @@ import rich.progress
 import rich.table
 
 from toolkit.errors import PhishipError
+from toolkit.progress import Advance, ignore
 from toolkit.report import Report
-
-Advance = Callable[[int], None]
 
 
 def format_bytes(count: float) -> str:
@@ -89,7 +88,7 @@ class Console:
             yield self._json_progress(label, total_bytes)
             return
         if not self._err.is_terminal:
-            yield lambda _: None
+            yield ignore
             return
         bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from toolkit import fileio
 from toolkit.checkpoint import Checkpoint
-from toolkit.console import Advance
 from toolkit.errors import BuildError, PhishipError
+from toolkit.progress import Advance
 
 TASK_WEIGHTS = 1 << 23
 ALONE_BELOW_WEIGHTS = 1 << 25

@@ -134,7 +134,7 @@ def _not_yaml(path: Path, text: str, error: yaml.YAMLError) -> SettingsError:
     mark = getattr(error, "problem_mark", None)
     problem = str(getattr(error, "problem", None) or error).replace("\n", " ")
     began = getattr(error, "context_mark", None)
-    context = f" ({error.context} from line {began.line + 1})" if began else ""
+    context = f" ({getattr(error, 'context', '')} from line {began.line + 1})" if began else ""
     return SettingsError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {problem}{context}")
 
 

@@ -113,6 +113,16 @@ def test_stage_without_its_blob(layout: Layout) -> None:
         stage_release(layout, "one", {"a": "../../etc/passwd"})
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is of Linux")
+def test_disk_that_is_really_full(layout: Layout) -> None:
+    sha256 = hashlib.sha256(b"a").hexdigest()
+    (layout.incoming / f"{sha256}.part").symlink_to("/dev/full")
+    with pytest.raises(Failure, match="disk is full"):
+        receive_blob(layout, io.BytesIO(b"a"), sha256, 1)
+    assert read_status(layout)["incoming"] == []
+    assert read_status(layout)["blobs"] == 0
+
+
 def test_files_are_synced_before_they_are_named(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:

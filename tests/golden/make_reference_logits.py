@@ -39,7 +39,7 @@ def main() -> None:
                 arrays[f"{variant}-{length}"] = select(logits.numpy())
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     np.savez_compressed(GOLDEN, versions=np.array(versions), **arrays)
-    print(f"{GOLDEN.name}: {len(arrays)} cases, {GOLDEN.stat().st_size} bytes, {versions}")  # noqa: T201
+    print(f"{GOLDEN.name}: {len(arrays)} cases, {GOLDEN.stat().st_size} bytes, {versions}")
 
 
 if __name__ == "__main__":

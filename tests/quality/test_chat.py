@@ -1,6 +1,8 @@
 """Chat templates as data, checked against texts written out by hand."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.errors import CheckpointError, UnsupportedError
 from toolkit.quality.chat import read_chat, render
+from toolkit.quality.tokens import encode, read_tokenizer
 from toolkit.runner.chat import render_chat
 from toolkit.runner.manifest import Chat as RunnerChat
 
@@ -43,7 +46,20 @@ TURNS = "<|user|>\none<|end|>\n<|assistant|>\ntwo<|end|>\n<|user|>\nthree<|end|>
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_random_checkpoint(tmp_path / "checkpoint", "mha")
+    """A checkpoint whose tokenizer drops no white space behind special tokens."""
+    folder = write_random_checkpoint(tmp_path / "checkpoint", "mha")
+    set_strippers(folder, ())
+    return folder
+
+
+def set_strippers(folder: Path, strippers: Sequence[str]) -> None:
+    """Let the tokenizer drop white space behind these special tokens and no others."""
+
+    def change(content: dict[str, Any]) -> None:
+        for entry in content["added_tokens"]:
+            entry["rstrip"] = entry["content"] in strippers
+
+    edit_json(folder / "tokenizer.json", change)
 
 
 def read_with(folder: Path, template: object) -> Chat:
@@ -71,6 +87,25 @@ def test_the_runner_renders_the_same(folder, template):
     )
     for messages in (MESSAGES, [("user", " a\n<|end|> {{ b }} ")]):
         assert render_chat(twin, messages) == render(chat, messages)
+
+
+# What Phi-3 strips behind as first published, what Phi-3.5 does, and nothing at all.
+@pytest.mark.parametrize("template", [MINI, MEDIUM])
+@pytest.mark.parametrize(
+    "strippers", [("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"), ("<|assistant|>",), ()]
+)
+def test_white_space_the_tokenizer_drops_is_left_out(folder, template, strippers):
+    set_strippers(folder, strippers)
+    chat = read_with(folder, template)
+    constants = [*(text for pair in chat.turns.values() for text in pair), chat.generation]
+    assert not any(f"{token}\n" in text for text in constants for token in strippers)
+    tokenizer = read_tokenizer(Checkpoint.open(folder))
+    assert encode(tokenizer, render(chat, MESSAGES)) == encode(tokenizer, TURNS)
+    padded = [(role, f" \n {text} \n ") for role, text in MESSAGES]
+    whole = TURNS
+    for (_, text), (_, spaced) in zip(MESSAGES, padded, strict=True):
+        whole = whole.replace(text, spaced)
+    assert encode(tokenizer, render(chat, padded)) == encode(tokenizer, whole)
 
 
 def test_a_role_without_a_turn_is_refused(folder):

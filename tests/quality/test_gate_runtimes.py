@@ -4,19 +4,25 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 
 from tests.quality.sources import edit_json
-from toolkit import artifact, formats
+from toolkit import artifact, catalog, formats
 from toolkit.artifact import Quality
+from toolkit.build import Options, build
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
 from toolkit.families import read_decoder
 from toolkit.formats import Session
+from toolkit.quality import chat as chats
 from toolkit.quality import tokens
 from toolkit.quality.gate import FailedGateError, run_gate
+from toolkit.report import Report
+from toolkit.runner.engines import llama_cpp
 
 FORMATS = ("onnx", "gguf")
 
@@ -102,6 +108,39 @@ def test_a_gguf_artifact_without_one_stop_id_fails(broken, example):
     assert lost in Checkpoint.open(example).stop_ids
     with pytest.raises(FailedGateError, match=rf"stop ids: .* \[{lost}\]"):
         gate("gguf", folder, example)
+
+
+def test_the_runner_gives_the_sources_ids_to_a_chat(example, tmp_path):
+    # Phi-3.5's tokenizer drops white space behind <|assistant|> only, which GGUF cannot say: the
+    # gate's session and the device's runner must both come to the source's ids all the same.
+    source = Path(shutil.copytree(example, tmp_path / "source"))
+
+    def strip_behind_assistant(content: dict[str, Any]) -> None:
+        added = content.get("added_tokens") or content["added_tokens_decoder"].values()
+        for entry in added:
+            entry["rstrip"] = entry["content"] == "<|assistant|>"
+
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        edit_json(source / file, strip_behind_assistant)
+    checkpoint = Checkpoint.open(source)
+    recipe = catalog.load_recipe("tiny-phi3-gguf-q4_0")
+    # The model was trained with other ids, so only these are checked.
+    options = Options(check=False)
+    console = Console(as_json=True)
+    folder = build(recipe, checkpoint, tmp_path / "out", options, console, Report(""))
+    manifest = artifact.read_manifest(folder)
+    messages = [("user", " Hi\n"), ("assistant", "Hello."), ("user", "2 + 2?")]
+    template = checkpoint.tokenizer_config["chat_template"]
+    text = jinja2.Template(template).render(
+        messages=[{"role": role, "content": content} for role, content in messages],
+        add_generation_prompt=True,
+    )
+    expected = tokens.encode(tokens.read_tokenizer(checkpoint), text)
+    model = llama_cpp.load(folder, manifest.runtime.main_file, "cpu", 256)
+    try:
+        assert model.encode(chats.render(manifest.chat, messages)) == expected
+    finally:
+        model.close()
 
 
 def negate_onnx_scales(folder: Path) -> None:

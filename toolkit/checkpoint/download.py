@@ -14,8 +14,8 @@ from pathlib import Path
 
 from toolkit.artifact import hash_file
 from toolkit.checkpoint.hub_errors import is_network_error
-from toolkit.console import Advance
 from toolkit.errors import CheckpointError
+from toolkit.progress import Advance
 
 FETCHERS = 4
 ATTEMPTS_WITHOUT_PROGRESS = 5

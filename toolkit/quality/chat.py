@@ -4,11 +4,13 @@ Devices render chats with no template engine, so the Jinja template is rendered 
 contents, read off, and the result is held against the template itself on whole conversations.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -45,9 +47,10 @@ CONVERSATIONS: tuple[Messages, ...] = (
 def read_chat(checkpoint: Checkpoint) -> Chat:
     """Return the chat template as data, with the ids and texts that end an answer.
 
-    `bos_id` is set only when the template itself writes the bos token in front, because
-    transformers tokenizes rendered chats without adding one. CheckpointError when there is no
-    template; UnsupportedError when data cannot express it.
+    White space that the source's tokenizer drops behind a special token is left out: the ids are
+    the same, also in runtimes that cannot drop it. `bos_id` is set only when the template itself
+    writes the bos token in front, because transformers tokenizes rendered chats without adding
+    one. CheckpointError when there is no template; UnsupportedError when data cannot express it.
     """
     tokenizer = read_tokenizer(checkpoint)
     template = _Template.read(checkpoint)
@@ -63,11 +66,14 @@ def read_chat(checkpoint: Checkpoint) -> Chat:
         bos_id=bos_id,
     )
     _verify(template, chat)
-    return chat
+    return drop_stripped(chat, [entry.content for entry in added.values() if entry.rstrip])
 
 
 def render(chat: Chat, messages: Messages) -> str:
-    """Render (role, content) messages and the generation prompt; without the bos of `bos_id`."""
+    """Render (role, content) messages and the generation prompt; without the bos of `bos_id`.
+
+    The text's ids are those of the template's own text; its white space may be less.
+    """
     return render_turns(chat, messages) + chat.generation
 
 
@@ -79,6 +85,22 @@ def render_turns(chat: Chat, messages: Messages) -> str:
                 f"chat role: got {role!r}; this checkpoint's template has {', '.join(chat.turns)}"
             )
     return "".join(chat.turns[role][0] + text + chat.turns[role][1] for role, text in messages)
+
+
+def drop_stripped(chat: Chat, strippers: Sequence[str]) -> Chat:
+    """Leave out white space behind tokens whose tokenizer entry says `rstrip`.
+
+    GGUF has no such entry: llama.cpp would make tokens of it (formats/gguf/stripping.py).
+    """
+    if not strippers:
+        return chat
+    pattern = re.compile(f"({'|'.join(map(re.escape, strippers))})\\s+")
+
+    def drop(text: str) -> str:
+        return pattern.sub(r"\1", text)
+
+    turns = {role: (drop(before), drop(after)) for role, (before, after) in chat.turns.items()}
+    return msgspec.structs.replace(chat, turns=turns, generation=drop(chat.generation))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import base64
 import contextlib
-import getpass
 import json
+import os
 import secrets
 import shlex
 import socket
@@ -113,7 +113,7 @@ class Agent:
     def hold_lock(self) -> Iterator[None]:
         """Be the only push on the device; the lock goes with the connection."""
         token = secrets.token_hex(8)
-        owner = f"{getpass.getuser()}@{socket.gethostname()}"
+        owner = f"process {os.getpid()} on {socket.gethostname()}"
         command = self.build_command("hold", owner=owner, token=token)
         with self._connection.hold(command) as line:
             answer = _read_answer(self.device.name, "hold", Completed(line, b"", 0, None))

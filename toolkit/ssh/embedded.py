@@ -6,7 +6,6 @@ folder, HOME and environment are their own, so it is no sandbox against hostile 
 
 import asyncio
 import contextlib
-import getpass
 import os
 import signal
 import sys
@@ -17,11 +16,13 @@ from typing import Any, TypeVar
 
 from toolkit.device import EMBEDDED, Device
 from toolkit.errors import require
-from toolkit.ssh.hostkeys import HostKey
+from toolkit.ssh.knownhosts import HostKey
 
 ROOT_VARIABLE = "PHISHIP_EMBEDDED_ROOT"
 QUOTA_VARIABLE = "PHISHIP_QUOTA_BYTES"
 LOOPBACK = "127.0.0.1"
+# Any name may log in with the key; commands run as the user of this process.
+USER = "device"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 READ_BYTES = 256 << 10
 WINDOW_BYTES = 16 << 20
@@ -66,7 +67,7 @@ class EmbeddedDevice:
             name=EMBEDDED,
             host=LOOPBACK,
             port=port,
-            user=getpass.getuser(),
+            user=USER,
             identity_file=str(self._keys / "id_ed25519"),
             host_key=HostKey("ssh-ed25519", host_key.public_data).fingerprint,
             python=sys.executable,
@@ -236,7 +237,7 @@ def _build_environment(
         "HOME": str(home),
         "TMPDIR": str(home / "tmp"),
         "LANG": "C.UTF-8",
-        "USER": getpass.getuser(),
+        "USER": USER,
         "SHELL": "/bin/sh",
         **quota,
         **more,

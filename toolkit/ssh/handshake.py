@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Union
 
 from toolkit.errors import UnreachableError
 from toolkit.ssh.endpoint import Endpoint
-from toolkit.ssh.hostkeys import HostKey
+from toolkit.ssh.knownhosts import HostKey
 
 if TYPE_CHECKING:
     from paramiko.channel import Channel

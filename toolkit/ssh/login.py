@@ -8,19 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.device import Device, parse_address
-from toolkit.errors import HostKeyError, UnreachableError
+from toolkit.errors import UnreachableError
 from toolkit.ssh.endpoint import Endpoint, resolve_endpoint
 from toolkit.ssh.handshake import open_handshake, read_host_key
-from toolkit.ssh.hostkeys import (
-    HostKey,
-    add_known_key,
-    check_host_key,
-    find_known_keys,
-    is_known,
-    list_files,
-    own_file,
-    refuse_revoked,
-)
+from toolkit.ssh.knownhosts import check_host_key, find_known_keys, list_files
 
 if TYPE_CHECKING:
     from paramiko.pkey import PKey
@@ -42,35 +33,11 @@ def log_in(device: Device) -> Iterator["Transport"]:
     """
     endpoint = resolve_endpoint(device)
     with contextlib.ExitStack() as opened:
-        via = _open_jumps(endpoint, opened)
+        via = open_jumps(endpoint, opened)
         yield _open_hop(device, endpoint, via, opened)
 
 
-def trust(device: Device, fingerprint: str) -> HostKey:
-    """Add a device's host key to phiship's own known_hosts, if it has this fingerprint.
-
-    Raises HostKeyError when the device shows another key, and when that key is revoked or the
-    device is known by another one: a changed key is never accepted by a command.
-    """
-    endpoint = resolve_endpoint(device)
-    with contextlib.ExitStack() as opened:
-        via = _open_jumps(endpoint, opened)
-        transport = open_handshake(device.name, endpoint, via, (), fingerprint)
-        opened.callback(transport.close)
-        key = read_host_key(transport)
-    if key.fingerprint != fingerprint:
-        raise HostKeyError(
-            f"{device.name}: its host key is {key.kind} {key.fingerprint}, not {fingerprint}",
-            advice="compare it with what ssh-keygen -l says on the device itself",
-        )
-    known = find_known_keys(endpoint.host, endpoint.port, list_files())
-    refuse_revoked(device.name, key, known)
-    if not is_known(device.name, key, known):
-        add_known_key(own_file(), endpoint.host, endpoint.port, key)
-    return key
-
-
-def _open_jumps(endpoint: Endpoint, opened: contextlib.ExitStack) -> "Transport | None":
+def open_jumps(endpoint: Endpoint, opened: contextlib.ExitStack) -> "Transport | None":
     """Log in to each jump host through the one before; return the last one's transport."""
     via = None
     for text in endpoint.jumps:

@@ -27,7 +27,15 @@ class ModelParams(ctypes.Structure):
         ("tensor_buft_overrides", ctypes.c_void_p),
         ("n_gpu_layers", ctypes.c_int32),
         ("split_mode", ctypes.c_int32),
-        ("rest", ctypes.c_uint64 * 16),
+        ("load_mode", ctypes.c_int32),
+        ("lazy_mode", ctypes.c_int32),
+        ("main_gpu", ctypes.c_int32),
+        ("tensor_split", ctypes.c_void_p),
+        ("progress_callback", ctypes.c_void_p),
+        ("progress_callback_user_data", ctypes.c_void_p),
+        ("kv_overrides", ctypes.c_void_p),
+        ("vocab_only", ctypes.c_bool),
+        ("rest", ctypes.c_uint8 * 63),
     )
 
 

@@ -47,7 +47,7 @@ def find_extremes(raw: Bits) -> Bits:
     positive = np.maximum(_reduce_fours(highest), np.int16(0)).view(np.uint16)
     negative = np.maximum(_reduce_fours(lowest), SIGN)
     opposite = negative ^ SIGN
-    extremes = np.maximum(positive, opposite)
+    extremes: Bits = np.maximum(positive, opposite)
     extremes |= np.left_shift(opposite > positive, 15, dtype=np.uint16)
     ties = np.flatnonzero((positive == opposite) & (positive > 0))
     rows = weights[ties]
@@ -104,7 +104,7 @@ class _Work:
         np.multiply(high, BYTE, out=high)
         np.bitwise_or(low, high, out=low)
         single = low.view(np.uint8)
-        np.minimum(single, self._limits[: single.shape[1]], out=single)
+        np.minimum(single, self._limits[: 2 * len(spread)], out=single)
         np.multiply(single[4:], NIBBLE, out=single[4:])
         np.bitwise_or(single[:4], single[4:], out=single[:4])
         for index, row in enumerate(single[:4].view(np.uint32)):
@@ -121,7 +121,8 @@ def _scale_and_round(values: Floats, inverses: Floats, codes: Bits) -> None:
 def _reduce_fours(array: NDArray[Any]) -> NDArray[Any]:
     """The largest of every four, by passes over neighbours: strided ones are slower."""
     pairs = np.maximum(array[:-1], array[1:])
-    return np.maximum(pairs[:-2], pairs[2:])[::4]
+    fours: NDArray[Any] = np.maximum(pairs[:-2], pairs[2:])
+    return fours[::4]
 
 
 def _steps(blocks: int) -> Iterator[slice]:

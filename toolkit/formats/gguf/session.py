@@ -23,22 +23,18 @@ STRIP_VALUE_BYTES = 1 << 16
 class GgufSession:
     """Runs the artifact on the CPU, with keys and values in float16.
 
-    Each call allocates the context it needs and no more: llama.cpp picks LongRoPE's factors by the
+    The weights are loaded when logits are first asked for; until then the vocabulary only. Each
+    call allocates the context it needs and no more: llama.cpp picks LongRoPE's factors by the
     allocated context, so that the long ones hold exactly where the source uses them too (when
     original_max_position_embeddings is a multiple of 256).
     """
 
     def __init__(self, folder: Path) -> None:
         self._llama = load_llama()
-        path = folder / DATA_FILE
-        params = self._llama.llama_model_default_params()
-        params.n_gpu_layers = 0
-        self._model, reason = attempt(
-            lambda: self._llama.llama_model_load_from_file(os.fsencode(path), params)
-        )
-        if not self._model:
-            raise ArtifactError(f"{path}: llama.cpp does not load it: {reason}")
-        self._vocab = self._llama.llama_model_get_vocab(self._model)
+        self._path = folder / DATA_FILE
+        self._model: int | None = None
+        self._tokenizer: int | None = self._load(vocab_only=True)
+        self._vocab = self._llama.llama_model_get_vocab(self._tokenizer)
         self._vocab_size = self._llama.llama_vocab_n_tokens(self._vocab)
         self._strippers = self._read_strippers()
         self.runtime = f"xllamacpp {VERSION} (llama.cpp), cpu"
@@ -60,14 +56,13 @@ class GgufSession:
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """float32 [len(ids), vocabulary]."""
-        with _Context(self._llama, self._model, self._vocab_size, len(ids)) as context:
+        with self._context(len(ids)) as context:
             return context.extend(ids)
 
     def generate(self, ids: list[int], max_tokens: int) -> list[int]:
         """Greedy continuation; ends after the first stop id, which is included."""
         tokens: list[int] = []
-        length = len(ids) + max_tokens
-        with _Context(self._llama, self._model, self._vocab_size, length) as context:
+        with self._context(len(ids) + max_tokens) as context:
             while len(tokens) < max_tokens and not (tokens and self.stops(tokens[-1])):
                 logits = context.extend(tokens[-1:] or ids, last_only=True)
                 tokens.append(int(logits[-1].argmax()))
@@ -79,13 +74,30 @@ class GgufSession:
 
     def close(self) -> None:
         """Free the model."""
-        self._llama.llama_model_free(self._model)
-        self._model = None
+        for model in (self._model, self._tokenizer):
+            if model:
+                self._llama.llama_model_free(model)
+        self._model = self._tokenizer = None
+
+    def _load(self, vocab_only: bool) -> int:
+        params = self._llama.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.vocab_only = vocab_only
+        load = partial(self._llama.llama_model_load_from_file, os.fsencode(self._path), params)
+        model, reason = attempt(load)
+        if not model:
+            raise ArtifactError(f"{self._path}: llama.cpp does not load it: {reason}")
+        return int(model)
+
+    def _context(self, length: int) -> "_Context":
+        if self._model is None:
+            self._model = self._load(vocab_only=False)
+        return _Context(self._llama, self._model, self._vocab_size, length)
 
     def _read_strippers(self) -> list[str]:
         value = ctypes.create_string_buffer(STRIP_VALUE_BYTES)
         found = self._llama.llama_model_meta_val_str(
-            self._model, STRIP_KEY.encode(), value, len(value)
+            self._tokenizer, STRIP_KEY.encode(), value, len(value)
         )
         return list(json.loads(value.value)) if found > 0 else []
 

@@ -1,6 +1,7 @@
 """An artifact open in onnxruntime-genai on this machine."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,23 @@ from toolkit.errors import require
 
 
 class OnnxSession:
-    """Runs the artifact on the CPU provider, whatever provider it was built for."""
+    """Runs the artifact on the CPU provider, whatever provider it was built for.
+
+    The weights are loaded when the first logits are asked for; token ids need the tokenizer only.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._genai = require("onnxruntime_genai")
-        config = self._genai.Config(str(folder))
-        config.clear_providers()
-        self._model = self._genai.Model(config)
+        self._config = self._genai.Config(str(folder))
+        self._config.clear_providers()
+        self._tokenizer = self._genai.Tokenizer(self._config)
         settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
         self._stops = set(settings["model"]["eos_token_id"])
-        self._tokenizer = self._genai.Tokenizer(self._model)
         self.runtime = f"onnxruntime-genai {self._genai.__version__}, cpu"
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._genai.Model(self._config)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens parsed, nothing added."""
@@ -50,7 +57,8 @@ class OnnxSession:
 
     def close(self) -> None:
         """Free the model."""
-        del self._tokenizer, self._model
+        self.__dict__.pop("_model", None)
+        del self._tokenizer
 
     def _generator(self, max_length: int) -> Any:
         params = self._genai.GeneratorParams(self._model)

@@ -69,4 +69,4 @@ def _read_entry(layout: Layout) -> dict[str, Any]:
 def _describe_owner(layout: Layout) -> str:
     entry = _read_entry(layout)
     age_s = time.time() - float(entry.get("time", time.time()))
-    return f"{entry.get('owner', 'unknown')}, process {entry.get('pid', '?')}, for {age_s:.0f} s"
+    return f"by {entry.get('owner', 'somebody')}, for {age_s:.0f} s"

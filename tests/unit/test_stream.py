@@ -1,0 +1,312 @@
+"""The streaming engine: the same bytes from any number of workers, and a clean end of any kind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+
+from tests.checkpoints import write_random_checkpoint
+from toolkit import fileio, stream
+from toolkit.checkpoint import Checkpoint
+from toolkit.errors import BuildError
+
+HEADER_BYTES = 100
+SMALL_TASK_WEIGHTS = 1 << 14
+# Waiting for what must happen; a machine that needs longer than this is not busy but broken.
+PATIENCE_S = 60
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Writes the raw weights as they are."""
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        stream.write_rows(descriptor, raw, row, offsets[0])
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Writes the lower and the upper byte of each weight to two places."""
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        pairs = raw.view(np.uint8).reshape(len(raw), -1, 2)
+        for half, offset in enumerate(offsets):
+            stream.write_rows(descriptor, np.ascontiguousarray(pairs[:, :, half]), row, offset)
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Cannot hold any weight."""
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        raise ValueError(f"row {row} holds NaN")
+
+
+@dataclass(frozen=True)
+class Die:
+    """Ends its process, by a signal or with an exit code."""
+
+    signal: int = 0
+    code: int = 0
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        if self.signal:
+            os.kill(os.getpid(), self.signal)
+        os._exit(self.code)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Takes longer than anyone waits."""
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        print("waiting", flush=True)
+        time.sleep(3600)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A small checkpoint of bf16."""
+    return Checkpoint.open(write_random_checkpoint(tmp_path_factory.mktemp("ck"), "mha"))
+
+
+@pytest.fixture(autouse=True)
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make many tasks of a small checkpoint, and let workers take them."""
+    make_small_tasks(partial(monkeypatch.setattr, stream))
+
+
+def make_small_tasks(set_constant: Callable[[str, int], None]) -> None:
+    set_constant("TASK_WEIGHTS", SMALL_TASK_WEIGHTS)
+    set_constant("ALONE_BELOW_WEIGHTS", 1)
+
+
+def lay_out(checkpoint: Checkpoint, encoder: stream.Encoder) -> stream.DataFile:
+    """Every tensor one after the other, as the raw bytes would lie."""
+    pieces: list[stream.Piece] = []
+    offset = 0
+    for name, info in checkpoint.tensors.items():
+        columns = info.shape[-1]
+        rows = int(np.prod(info.shape[:-1]))
+        places = (offset, offset + info.nbytes // 2) if isinstance(encoder, Halves) else (offset,)
+        pieces.append(stream.Piece(name, 0, rows, columns, encoder, places))
+        offset += info.nbytes
+    return stream.DataFile("data", offset, tuple(pieces))
+
+
+def write(
+    checkpoint: Checkpoint, data: stream.DataFile, folder: Path, workers: int
+) -> tuple[bytes, int]:
+    """Write the data file behind a header; returns its bytes and how many `advance` was told."""
+    path = folder / f"data-{workers}"
+    fileio.reserve(path, HEADER_BYTES + data.size_bytes)
+    told: list[int] = []
+    stream.stream(checkpoint, data, path, HEADER_BYTES, workers, told.append)
+    return path.read_bytes(), sum(told)
+
+
+def source_bytes(checkpoint: Checkpoint) -> bytes:
+    """The raw data of the checkpoint's one file, in its own order."""
+    content = (checkpoint.folder / "model.safetensors").read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    """Worker processes, zombies included; not multiprocessing's resource tracker."""
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            command = " ".join(child.cmdline())
+        except psutil.ZombieProcess:
+            command = ""
+        if "resource_tracker" not in command:
+            found.append(child)
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_any_number_of_workers_writes_the_same(
+    checkpoint: Checkpoint, tmp_path: Path, workers: int
+) -> None:
+    content, told_bytes = write(checkpoint, lay_out(checkpoint, Copy()), tmp_path, workers)
+    assert content[HEADER_BYTES:] == source_bytes(checkpoint)
+    assert content[:HEADER_BYTES] == bytes(HEADER_BYTES)
+    assert told_bytes == len(source_bytes(checkpoint))
+    assert not workers_of(psutil.Process())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_encoder_with_two_outputs(checkpoint: Checkpoint, tmp_path: Path, workers: int) -> None:
+    data = lay_out(checkpoint, Halves())
+    content, _ = write(checkpoint, data, tmp_path, workers)
+    for piece in data.pieces:
+        raw = np.concatenate([part.copy() for _, part in checkpoint.read_rows(piece.tensor)])
+        for half, offset in enumerate(piece.offsets):
+            found = content[HEADER_BYTES + offset :][: raw.size]
+            assert found == raw.view(np.uint8)[:, half::2].tobytes()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_in_pieces_and_constants(checkpoint: Checkpoint, tmp_path: Path, workers: int) -> None:
+    """As a fused projection is split: queries to one place, keys and values to another."""
+    name, split = "model.layers.0.self_attn.qkv_proj.weight", 300
+    rows, columns = checkpoint.tensors[name].shape
+    row_bytes = 2 * columns
+    second = (rows - split) * row_bytes
+    pieces = (
+        stream.Piece(name, 0, split, columns, Copy(), (second,)),
+        stream.Piece(name, split, rows - split, columns, Copy(), (0,)),
+    )
+    answer = np.array([42.0], np.float32)
+    constant = stream.Constant(rows * row_bytes, partial(np.copy, answer))
+    data = stream.DataFile("data", rows * row_bytes + 4, pieces, (constant,))
+    content = write(checkpoint, data, tmp_path, workers)[0][HEADER_BYTES:]
+    raw = b"".join(part.tobytes() for _, part in checkpoint.read_rows(name))
+    assert content == raw[split * row_bytes :] + raw[: split * row_bytes] + answer.tobytes()
+
+
+def test_small_models_need_no_worker(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = lay_out(checkpoint, Die(code=3))
+    monkeypatch.setattr(stream, "ALONE_BELOW_WEIGHTS", data.weights + 1)
+    monkeypatch.setattr(os, "_exit", lambda code: None)  # Would end this process.
+    assert write(checkpoint, data, tmp_path, 2)[1] == 2 * data.weights
+
+
+def test_without_pread(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fileio, "HAS_POSITIONAL", False)
+    content, _ = write(checkpoint, lay_out(checkpoint, Copy()), tmp_path, 1)
+    assert content[HEADER_BYTES:] == source_bytes(checkpoint)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_weight_that_cannot_be_held_is_named(
+    checkpoint: Checkpoint, tmp_path: Path, workers: int
+) -> None:
+    data = lay_out(checkpoint, Refuse())
+    first = data.pieces[0].tensor
+    says = rf"{checkpoint.folder}: {first if workers == 1 else '.*'}: row \d+ holds NaN"
+    with pytest.raises(BuildError, match=says):
+        write(checkpoint, data, tmp_path, workers)
+    assert not workers_of(psutil.Process())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "says"),
+    [
+        (Die(signal=signal.SIGKILL), "a worker process was killed by SIGKILL"),
+        (Die(signal=signal.SIGSEGV), "a worker process was killed by SIGSEGV"),
+        (Die(signal=40), "a worker process was killed by signal 40"),
+        (Die(code=3), "a worker process failed with exit code 3"),
+    ],
+)
+def test_dead_worker_is_explained(
+    checkpoint: Checkpoint, tmp_path: Path, encoder: Die, says: str
+) -> None:
+    with pytest.raises(BuildError, match=says) as caught:
+        write(checkpoint, lay_out(checkpoint, encoder), tmp_path, 2)
+    assert ("--workers" in caught.value.advice) == bool(encoder.signal)
+    assert not workers_of(psutil.Process())
+
+
+def main(folder: str, out: str, kind: str, workers: str, limit_bytes: str) -> None:
+    """Body of a process that the tests interrupt, kill or starve of disk."""
+    make_small_tasks(partial(setattr, stream))
+    checkpoint = Checkpoint.open(Path(folder))
+    data = lay_out(checkpoint, Wait() if kind == "wait" else Copy())
+    fileio.reserve(Path(out), data.size_bytes)
+    if int(limit_bytes):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit_bytes), int(limit_bytes)))
+    stream.stream(checkpoint, data, Path(out), 0, int(workers), lambda _: None)
+
+
+def start(
+    checkpoint: Checkpoint, out: Path, kind: str, workers: int, limit_bytes: int = 0
+) -> "subprocess.Popen[str]":
+    """Run `main` in a process group of its own, as a shell runs a command."""
+    arguments = [str(checkpoint.folder), str(out), kind, str(workers), str(limit_bytes)]
+    script = f"from {__name__} import main; main(*{arguments!r})"
+    return subprocess.Popen(
+        [sys.executable, "-c", f"if __name__ == '__main__': exec({script!r})"],
+        cwd=Path(__file__).parent.parent.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # A shell in the background leaves SIGINT ignored; Ctrl-C at a terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_for_workers(process: "subprocess.Popen[str]", count: int) -> list[psutil.Process]:
+    assert process.stdout
+    for _ in range(count):
+        assert process.stdout.readline() == "waiting\n", process.communicate()[1]
+    return workers_of(psutil.Process(process.pid))
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_interrupt_ends_everything(
+    checkpoint: Checkpoint, tmp_path: Path, workers: int, whole_group: bool
+) -> None:
+    process = start(checkpoint, tmp_path / "out", "wait", workers)
+    children = wait_for_workers(process, workers)
+    assert len(children) == (2 if workers == 2 else 0)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=PATIENCE_S)[1]
+    assert process.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1 and errors.endswith("KeyboardInterrupt\n")
+    assert not psutil.wait_procs(children, PATIENCE_S)[1]
+
+
+def test_interrupt_while_workers_start(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """They are importing then, and must not print tracebacks of their own."""
+    process = start(checkpoint, tmp_path / "out", "wait", 2)
+    parent = psutil.Process(process.pid)
+    while not (children := workers_of(parent)):
+        assert process.poll() is None, process.communicate()[1]
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=PATIENCE_S)[1]
+    assert errors.count("Traceback") == 1, errors
+    assert not psutil.wait_procs(children, PATIENCE_S)[1]
+
+
+def test_killed_parent_takes_idle_workers_with_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    process = start(checkpoint, tmp_path / "out", "copy", 2)
+    parent = psutil.Process(process.pid)
+    while len(children := workers_of(parent)) < 2:
+        assert process.poll() is None, process.communicate()[1]
+    parent.suspend()
+    process.kill()
+    errors = process.communicate(timeout=PATIENCE_S)[1]
+    assert not psutil.wait_procs(children, PATIENCE_S)[1]
+    assert "Traceback" not in errors, errors
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_full_disk(checkpoint: Checkpoint, tmp_path: Path, workers: int) -> None:
+    # A limit on the size of files gives the same refusal in the middle of writing.
+    process = start(checkpoint, tmp_path / "out", "copy", workers, limit_bytes=1 << 20)
+    errors = process.communicate(timeout=PATIENCE_S)[1]
+    assert process.returncode == 1
+    assert "BuildError: " in errors.splitlines()[-1] and "the disk is full" in errors
