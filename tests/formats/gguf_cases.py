@@ -2,10 +2,20 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.checkpoints import VARIANTS, random_weights, write_random_checkpoint, write_safetensors
+from tests.formats.writing import write_artifact
+from toolkit.checkpoint import Checkpoint
+from toolkit.decoder import Decoder
+from toolkit.families import read_decoder
+from toolkit.formats.gguf.recipe import GgufQuantization, GgufRecipe
+
+PRECISIONS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 
 # What each case changes in the config of the variant "mha".
 SHAPES: Mapping[str, Mapping[str, Any]] = {
@@ -15,7 +25,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "narrow_tied": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3,
                     "intermediate_size": 256, "tie_word_embeddings": True},
     # Enough layers for all of the mix: first and last eighth, every third between.
-    "deep": {"num_hidden_layers": 19},
+    "deep": {"num_hidden_layers": 11},
 }  # fmt: skip
 CASES = (*VARIANTS, *SHAPES)
 
@@ -29,3 +39,55 @@ def write_case(folder: Path, case: str) -> Path:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     write_safetensors(folder / "model.safetensors", random_weights(config), "bf16")
     return folder
+
+
+@dataclass(frozen=True)
+class Written:
+    """A case's checkpoint and its artifact in one precision."""
+
+    checkpoint: Checkpoint
+    decoder: Decoder
+    folder: Path
+
+
+class Artifacts:
+    """Artifacts of all cases, each written when first asked for, once per test process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._written: dict[tuple[str, str], Written] = {}
+
+    def checkpoint(self, case: str) -> Checkpoint:
+        """The checkpoint of a case."""
+        if case not in self._checkpoints:
+            folder = write_case(self._folder / case, case)
+            self._checkpoints[case] = Checkpoint.open(folder)
+        return self._checkpoints[case]
+
+    def get(self, case: str, precision: str) -> Written:
+        """The artifact of a case in one precision."""
+        if (case, precision) not in self._written:
+            checkpoint = self.checkpoint(case)
+            folder = self._folder / f"{case}-{precision}"
+            folder.mkdir()
+            write_artifact(make_recipe(precision), checkpoint, folder)
+            written = Written(checkpoint, read_decoder(checkpoint.config), folder)
+            self._written[case, precision] = written
+        return self._written[case, precision]
+
+
+def make_recipe(precision: str, model: str = "phi-3-test") -> GgufRecipe:
+    """A recipe of one precision."""
+    quantization = GgufQuantization(precision=precision)  # type: ignore[arg-type]
+    return GgufRecipe(name=f"x-gguf-{precision}", model=model, title="x", quantization=quantization)
+
+
+_artifacts: list[Artifacts] = []
+
+
+def share_artifacts(factory: pytest.TempPathFactory) -> Artifacts:
+    """The test process's artifacts, for several test files."""
+    if not _artifacts:
+        _artifacts.append(Artifacts(factory.mktemp("gguf")))
+    return _artifacts[0]

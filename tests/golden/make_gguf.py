@@ -3,8 +3,8 @@
     python -m tests.golden.make_gguf CONVERT_PYTHON LLAMA_CPP
 
 CONVERT_PYTHON is a Python that runs LLAMA_CPP/convert_hf_to_gguf.py (torch, transformers,
-sentencepiece); LLAMA_CPP/build/bin/llama-quantize is built. Checkpoints are converted to bf16, which
-loses nothing, and quantized from there; f16 is the converter's own.
+sentencepiece); LLAMA_CPP/build/bin/llama-quantize is built. Checkpoints are converted to bf16,
+which loses nothing, and quantized from there; f16 is the converter's own.
 """
 
 import hashlib

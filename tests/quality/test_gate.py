@@ -186,14 +186,32 @@ def test_a_tokenizer_beyond_the_vocabulary_is_the_sources_fault(session, example
 
 def test_the_probe_is_a_chat_of_bounded_length(example):
     checkpoint = Checkpoint.open(example)
-    decoder, chat = read_decoder(checkpoint.config), read_chat(checkpoint)
-    ids = probe_ids(checkpoint, decoder, chat)
+    chat = read_chat(checkpoint)
+    ids = probe_ids(checkpoint, chat, 4096)
     assert 128 <= len(ids) <= 256
     text = SourceSession(example).tokenizer.decode(ids, skip_special_tokens=False)
     assert text.startswith(chat.turns["user"][0].strip())
     assert "Beautiful is better than ugly" in text
-    small = probe_ids(checkpoint, type(decoder)(**{**vars(decoder), "context": 50}), chat)
-    assert small == ids[:50]
+    assert probe_ids(checkpoint, chat, 50) == ids[:49]
+
+
+def test_the_probe_fits_the_artifacts_own_context(session, example):
+    checkpoint = Checkpoint.open(example)
+    lengths: list[int] = []
+    logits = session.logits
+    session.logits = lambda ids: lengths.append(len(ids)) or logits(ids)
+    run_gate(
+        session,
+        checkpoint,
+        read_decoder(checkpoint.config),
+        read_chat(checkpoint),
+        Limits(),
+        check_logits=True,
+        smoke=None,
+        console=Console(as_json=True),
+        context_length=64,
+    )
+    assert lengths == [63]
 
 
 def test_the_zen_is_read_in_silence(capsys, monkeypatch):

@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import psutil
@@ -71,7 +72,7 @@ class Wait:
     """Takes longer than anyone waits."""
 
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
-        print("waiting", flush=True)
+        os.write(1, b"waiting\n")  # One call: two workers share this pipe.
         time.sleep(3600)
 
 
@@ -236,12 +237,29 @@ def main(folder: str, out: str, kind: str, workers: str, limit_bytes: str) -> No
     stream.stream(checkpoint, data, Path(out), 0, int(workers), lambda _: None)
 
 
-def start(
-    checkpoint: Checkpoint, out: Path, kind: str, workers: int, limit_bytes: int = 0
-) -> "subprocess.Popen[str]":
-    """Run `main` in a process group of its own, as a shell runs a command."""
-    arguments = [str(checkpoint.folder), str(out), kind, str(workers), str(limit_bytes)]
-    script = f"from {__name__} import main; main(*{arguments!r})"
+Process: TypeAlias = "subprocess.Popen[str]"
+Start: TypeAlias = Callable[..., Process]
+
+
+@pytest.fixture
+def start(checkpoint: Checkpoint, tmp_path: Path) -> Iterator[Start]:
+    """Run `main` in a process group of its own, as a shell runs a command; gone after the test."""
+    started: list[Process] = []
+
+    def start_one(kind: str, workers: int, limit_bytes: int = 0) -> Process:
+        out = tmp_path / f"out-{len(started)}"
+        arguments = [str(checkpoint.folder), str(out), kind, str(workers), str(limit_bytes)]
+        started.append(start_process(f"from {__name__} import main; main(*{arguments!r})"))
+        return started[-1]
+
+    yield start_one
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def start_process(script: str) -> Process:
     return subprocess.Popen(
         [sys.executable, "-c", f"if __name__ == '__main__': exec({script!r})"],
         cwd=Path(__file__).parent.parent.parent,
@@ -254,19 +272,17 @@ def start(
     )
 
 
-def wait_for_workers(process: "subprocess.Popen[str]", count: int) -> list[psutil.Process]:
+def wait_for_workers(process: Process, count: int) -> list[psutil.Process]:
     assert process.stdout
     for _ in range(count):
-        assert process.stdout.readline() == "waiting\n", process.communicate()[1]
+        assert process.stdout.readline() == "waiting\n"
     return workers_of(psutil.Process(process.pid))
 
 
 @pytest.mark.parametrize("whole_group", [True, False])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_interrupt_ends_everything(
-    checkpoint: Checkpoint, tmp_path: Path, workers: int, whole_group: bool
-) -> None:
-    process = start(checkpoint, tmp_path / "out", "wait", workers)
+def test_interrupt_ends_everything(start: Start, workers: int, whole_group: bool) -> None:
+    process = start("wait", workers)
     children = wait_for_workers(process, workers)
     assert len(children) == (2 if workers == 2 else 0)
     if whole_group:
@@ -279,23 +295,23 @@ def test_interrupt_ends_everything(
     assert not psutil.wait_procs(children, PATIENCE_S)[1]
 
 
-def test_interrupt_while_workers_start(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_interrupt_while_workers_start(start: Start) -> None:
     """They are importing then, and must not print tracebacks of their own."""
-    process = start(checkpoint, tmp_path / "out", "wait", 2)
+    process = start("wait", 2)
     parent = psutil.Process(process.pid)
     while not (children := workers_of(parent)):
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=PATIENCE_S)[1]
     assert errors.count("Traceback") == 1, errors
     assert not psutil.wait_procs(children, PATIENCE_S)[1]
 
 
-def test_killed_parent_takes_idle_workers_with_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    process = start(checkpoint, tmp_path / "out", "copy", 2)
+def test_killed_parent_takes_idle_workers_with_it(start: Start) -> None:
+    process = start("copy", 2)
     parent = psutil.Process(process.pid)
     while len(children := workers_of(parent)) < 2:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None
     parent.suspend()
     process.kill()
     errors = process.communicate(timeout=PATIENCE_S)[1]
@@ -304,9 +320,9 @@ def test_killed_parent_takes_idle_workers_with_it(checkpoint: Checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_full_disk(checkpoint: Checkpoint, tmp_path: Path, workers: int) -> None:
+def test_full_disk(start: Start, workers: int) -> None:
     # A limit on the size of files gives the same refusal in the middle of writing.
-    process = start(checkpoint, tmp_path / "out", "copy", workers, limit_bytes=1 << 20)
+    process = start("copy", workers, limit_bytes=1 << 20)
     errors = process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == 1
     assert "BuildError: " in errors.splitlines()[-1] and "the disk is full" in errors

@@ -36,6 +36,7 @@ class _Gate:
     checkpoint: Checkpoint
     decoder: Decoder
     chat: Chat
+    context_length: int
     measured: list[Measure] = field(default_factory=list)
 
     def add(self, name: str, value: float, limit: float | None, *, ok: bool = True) -> bool:
@@ -63,13 +64,14 @@ def run_gate(
     check_logits: bool,
     smoke: Smoke | None,
     console: Console,
+    context_length: int | None = None,
 ) -> Quality:
     """Measure an artifact against its source; FailedGateError on the first limit it misses.
 
-    Token ids and stop ids are always compared. With `check_logits` False the logits and the smoke
+    `context_length` is the artifact's, where it is shorter than the checkpoint's. Token ids and stop ids are always compared. With `check_logits` False the logits and the smoke
     question are left out, and the result says `checked=False`.
     """
-    gate = _Gate(session, checkpoint, decoder, chat)
+    gate = _Gate(session, checkpoint, decoder, chat, context_length or decoder.context)
     _check_tokens(gate)
     _check_stops(gate)
     if not check_logits:
@@ -80,16 +82,17 @@ def run_gate(
     return gate.quality(checked=True)
 
 
-def probe_ids(checkpoint: Checkpoint, decoder: Decoder, chat: Chat) -> list[int]:
+def probe_ids(checkpoint: Checkpoint, chat: Chat, context_length: int) -> list[int]:
     """The text on which logits are compared: a chat that quotes the Zen of Python, tokenized.
 
-    At most PROBE_TOKENS ids, and no more than the context holds.
+    At most PROBE_TOKENS ids. One place of the context stays free: runtimes want room for the token
+    that would follow.
     """
     turns = [("user", PROBE_QUESTION), ("assistant", read_zen())]
     tokenizer = tokens.read_tokenizer(checkpoint)
     ids = tokens.encode(tokenizer, chats.render_turns(chat, turns))
     start = [] if chat.bos_id is None else [chat.bos_id]
-    return (start + ids)[: min(PROBE_TOKENS, decoder.context)]
+    return (start + ids)[: min(PROBE_TOKENS, context_length - 1)]
 
 
 def read_zen() -> str:
@@ -123,7 +126,7 @@ def _check_stops(gate: _Gate) -> None:
 
 
 def _check_logits(gate: _Gate, limits: Limits, console: Console) -> None:
-    ids = probe_ids(gate.checkpoint, gate.decoder, gate.chat)
+    ids = probe_ids(gate.checkpoint, gate.chat, gate.context_length)
     total_bytes = reference.bytes_to_read(gate.checkpoint, gate.decoder)
     with console.progress("checking against the source", total_bytes) as advance:
         source = reference.forward(gate.checkpoint, gate.decoder, ids, advance=advance)

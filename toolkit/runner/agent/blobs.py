@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,7 +86,7 @@ def _write_part(stream: BinaryIO, part: Path, size_bytes: int, free_bytes: int) 
     """
     digest = hashlib.sha256()
     done_bytes = 0
-    with part.open("wb") as out:
+    with part.open("wb") as out, ThreadPoolExecutor(1) as hasher:
         while done_bytes < size_bytes:
             piece = stream.read(min(CHUNK_BYTES, size_bytes - done_bytes))
             if not piece:
@@ -93,8 +94,10 @@ def _write_part(stream: BinaryIO, part: Path, size_bytes: int, free_bytes: int) 
             done_bytes += len(piece)
             if done_bytes > free_bytes:
                 raise OSError(errno.ENOSPC, "quota reached")
-            digest.update(piece)
+            # Hashed while it is written: most boards have a core to spare.
+            hashed = hasher.submit(digest.update, piece)
             out.write(piece)
+            hashed.result()
         out.flush()
         os.fsync(out.fileno())
     return digest.hexdigest()
