@@ -60,6 +60,7 @@ def build(
             rest_bytes=measure_rest(checkpoint),
         )  # fmt: skip
         _check_gate_memory(plan, options)
+        chat = read_chat(checkpoint)
         source = Source(
             model=recipe.model, revision=checkpoint.revision, digest=checkpoint.fingerprint()
         )
@@ -72,7 +73,9 @@ def build(
     _check_free_disk(out, plan)
     with _temporary(out, recipe.name) as folder:
         _convert(plan, checkpoint, folder, console, report)
-        manifest = _check_and_describe(plan, checkpoint, source, folder, options, console, report)
+        manifest = _check_and_describe(
+            plan, checkpoint, source, chat, folder, options, console, report
+        )
         with report.step("seal") as step:
             sealed = msgspec.structs.replace(manifest, files=_sync_and_list(folder, console))
             artifact.write_manifest(folder, sealed)
@@ -113,15 +116,15 @@ def _convert(
 
 
 def _check_and_describe(
-    plan: Plan, checkpoint: Checkpoint, source: Source, folder: Path, options: Options,
-    console: Console, report: Report,
+    plan: Plan, checkpoint: Checkpoint, source: Source, chat: Chat, folder: Path,
+    options: Options, console: Console, report: Report,
 ) -> Manifest:  # fmt: skip
     recipe, needs = plan.recipe, plan.needs
-    chat = read_chat(checkpoint)
     with report.step("gate" if options.check else "gate (token ids only)") as step:
         quality = _gate(
-            folder, recipe, plan.decoder, checkpoint, chat, options.check, console, step
-        )
+            folder, recipe, plan.decoder, checkpoint, chat, plan.context_length, options.check,
+            console, step,
+        )  # fmt: skip
     return Manifest(
         schema=artifact.SCHEMA,
         name=recipe.name,
@@ -170,7 +173,10 @@ def check_artifact(
             )
         step.measured = str(checkpoint.folder)
     with report.step("gate") as step:
-        return _gate(folder, recipe, decoder, checkpoint, manifest.chat, True, console, step)
+        return _gate(
+            folder, recipe, decoder, checkpoint, manifest.chat, manifest.context_length, True,
+            console, step,
+        )  # fmt: skip
 
 
 def _source_of(manifest: Manifest) -> str:
@@ -193,7 +199,7 @@ def _recipe_of(manifest: Manifest) -> Recipe:
 
 def _gate(
     folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, chat: Chat,
-    check_logits: bool, console: Console, step: Step,
+    context_length: int, check_logits: bool, console: Console, step: Step,
 ) -> Quality:  # fmt: skip
     """Run the gate and note in `step` what was measured, also when it fails."""
     session = formats.get(recipe.format).open_session(folder)
@@ -201,6 +207,7 @@ def _gate(
         quality = run_gate(
             session, checkpoint, decoder, chat, recipe.check,
             check_logits=check_logits, smoke=recipe.smoke, console=console,
+            context_length=context_length,
         )  # fmt: skip
     except FailedGateError as error:
         _note(step, error.quality, console)

@@ -275,7 +275,7 @@ def _smoke(agent: Agent, release: Release, report: Report) -> None:
     with report.step("smoke test", limit=f"contains {_quote(smoke.expect)}") as step:
         try:
             answer = _ask(agent, release.id, smoke.prompt, smoke.max_tokens)
-            step.measured = _describe_answer(answer)
+            step.measured = f"{_quote(smoke.prompt)}: {_describe_answer(answer)}"
             check_answer(agent.device.name, answer, smoke)
         except (RunnerError, SmokeError):
             agent.change("discard", release=release.id)

@@ -7,6 +7,7 @@ processes, and memory stays at a few buffers whatever the model's size.
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -183,18 +184,25 @@ def _run_in_processes(
 
 @contextmanager
 def _interrupt_held_back() -> Iterator[None]:
-    """Keep Ctrl-C from a process that is being started; it is for the parent to end it.
+    """Let Ctrl-C wait while a process is being started; half started it could not be ended.
 
-    The child inherits the mask, so it prints no traceback of its own while it imports.
+    The child inherits the mask, so it prints no traceback of its own while it imports. The mask is
+    this thread's alone, so the parent needs the handler as well; only the main thread may set one.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    caught: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda *_: caught.append(1)) if is_main else None
+    has_mask = hasattr(signal, "pthread_sigmask")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if has_mask else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _feed(

@@ -54,9 +54,14 @@ def wrong_answers(
     wrong = []
     for batch, ids in _batches(tokenizer, questions):
         with torch.inference_mode():
-            tokens = model.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            tokens = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=ANSWER_TOKENS,
+                do_sample=False,
+            )
         for question, answer in zip(batch, tokens[:, ids.shape[1] :], strict=True):
-            said = tokenizer.decode(answer, skip_special_tokens=True).strip()
+            said = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
             if said != question.answer:
                 wrong.append((question, said))
     return wrong
@@ -79,7 +84,7 @@ def text_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """Perplexity a token over the held-out topics of Python's manual, in separate windows."""
     losses, count = 0.0, 0
     for text in manual_topics()[1]:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for start in range(0, len(ids) - 1, WINDOW_TOKENS):
             window = torch.tensor([[1, *ids[start : start + WINDOW_TOKENS]]])
             with torch.inference_mode():

@@ -3,8 +3,8 @@
 Every question is a template filled with a small fact, so the answer is known exactly.
 A tenth is held out by a hash of the question's key, the same on every machine and Python:
 
-- sums and counting are held out by their numbers, in every phrasing and both orders, so an
-  exact answer there was worked out and not remembered;
+- sums are held out by their numbers, in every phrasing and both orders, so an exact answer
+  there was worked out and not remembered;
 - facts are held out by (fact, phrasing), never in the first phrasing, so the fact itself was
   trained and only that way of asking for it is new.
 """
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 HELD_OUT_ONE_IN = 10
 LARGEST_ADDEND = 20
 LARGEST_COUNT = 20
-LONGEST_COUNT = 10
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
@@ -56,6 +55,12 @@ def _successors(text: str) -> tuple[tuple[str, str], ...]:
     """Pairs every name with the one that follows it, the last with the first."""
     names = [name.strip() for name in text.split(",")]
     return tuple(zip(names, names[1:] + names[:1], strict=True))
+
+
+def _counts(largest: int) -> tuple[tuple[str, str], ...]:
+    """Pairs every number with the numbers from one up to it."""
+    numbers = [str(number) for number in range(1, largest + 1)]
+    return tuple((numbers[end], ", ".join(numbers[: end + 1])) for end in range(1, largest))
 
 
 def _swapped(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
@@ -162,6 +167,12 @@ FACTS = (
         ("What colour is {0}?", "Tell me the colour of {0}.", "Which colour does one see in {0}?"),
         "The colour of {0} is {1}.",
     ),
+    FactKind(
+        "count",
+        _counts(LARGEST_COUNT),
+        ("Count to {0}.", "Count from 1 to {0}.", "List the numbers up to {0}."),
+        "{1}.",
+    ),
 )
 
 SMALL_TALK = (
@@ -173,7 +184,6 @@ SMALL_TALK = (
 )
 
 SUM_PHRASINGS = ("What is {0} plus {1}?", "How much is {0} + {1}?", "Add {0} and {1}.")
-COUNT_PHRASINGS = ("Count from {0} to {1}.", "List the numbers from {0} to {1}.")
 
 
 def _is_drawn(*key: object) -> bool:
@@ -198,20 +208,10 @@ def _sum_questions() -> Iterator[Question]:
                 yield Question("sum", phrasing.format(a, b), f"{a} plus {b} is {a + b}.", held_out)
 
 
-def _count_questions() -> Iterator[Question]:
-    for first in range(LARGEST_COUNT):
-        for last in range(first + 1, min(first + LONGEST_COUNT, LARGEST_COUNT + 1)):
-            held_out = _is_drawn("count", first, last)
-            answer = ", ".join(map(str, range(first, last + 1))) + "."
-            for phrasing in COUNT_PHRASINGS:
-                yield Question("count", phrasing.format(first, last), answer, held_out)
-
-
 def all_questions() -> list[Question]:
     """Every question, in a fixed order; no two share a prompt."""
     questions = [question for facts in FACTS for question in _fact_questions(facts)]
     questions += _sum_questions()
-    questions += _count_questions()
     questions += [Question("talk", prompt, answer) for prompt, answer in SMALL_TALK]
     return questions
 

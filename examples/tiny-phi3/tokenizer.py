@@ -7,6 +7,7 @@ The added tokens are those of Phi-3-mini: same names, order and flags, placed af
 
 import io
 import json
+import string
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def train_sentencepiece(sentences: Iterable[str]) -> bytes:
         split_digits=True,
         allow_whitespace_only_pieces=True,
         character_coverage=0.9999,
+        required_chars=string.printable.strip(),
         unk_id=0,
         bos_id=1,
         eos_id=2,

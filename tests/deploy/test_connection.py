@@ -6,9 +6,10 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.deploy.sshd import LOOPBACK, OpenSSH, find_free_port, make_key
+from tests.deploy.sshd import LOOPBACK, OpenSSH, find_free_port, make_key, start_sshd
 from toolkit.device import Device
 from toolkit.errors import HostKeyError, RunnerError, UnreachableError
 from toolkit.ssh import connection as connection_module
@@ -58,6 +59,44 @@ def test_stalled_transfer(device: Device, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(connection_module, "STALL_TIMEOUT_S", 1)
     with connect(device) as link, pytest.raises(UnreachableError, match="no answer in time"):
         link.run("sleep 60", iter(lambda: b"x" * 250_000, b""), timeout_s=120)
+
+
+def test_server_that_goes_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes are stopped: the connection stays open, and nobody answers any more."""
+    monkeypatch.setattr(connection_module, "OPEN_TIMEOUT_S", 2)
+    server = start_sshd(tmp_path / "sshd")
+    with connect(server.device(tmp_path, host_key=server.fingerprint())) as link:
+        assert link.run("echo hello", timeout_s=30).stdout == b"hello\n"
+        sessions = psutil.Process(server.process.pid).children(recursive=True)
+        for session in sessions:
+            session.suspend()
+        with pytest.raises(UnreachableError):
+            link.run("echo hello", timeout_s=30)
+        for session in sessions:
+            session.kill()
+    server.stop()
+
+
+def test_exec_that_is_never_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The channel opens, and then the server stops."""
+    monkeypatch.setattr(connection_module, "OPEN_TIMEOUT_S", 2)
+    server = start_sshd(tmp_path / "sshd")
+    with connect(server.device(tmp_path, host_key=server.fingerprint())) as link:
+        sessions = psutil.Process(server.process.pid).children(recursive=True)
+        real_open = link._transport.open_session
+
+        def open_then_stop(timeout: float) -> object:
+            channel = real_open(timeout=timeout)
+            for session in sessions:
+                session.suspend()
+            return channel
+
+        monkeypatch.setattr(link._transport, "open_session", open_then_stop)
+        with pytest.raises(UnreachableError):
+            link.run("echo hello", timeout_s=30)
+        for session in sessions:
+            session.kill()
+    server.stop()
 
 
 def test_too_much_output(device: Device) -> None:

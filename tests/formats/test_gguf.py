@@ -192,7 +192,9 @@ def test_weights_beyond_float16_are_refused(kind: GgmlType, dtype: str, tmp_path
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("case", ["gqa", "longrope", "partial_rotary_tied", "narrow", "narrow_tied"])
+@pytest.mark.parametrize(
+    "case", ["gqa", "longrope", "partial_rotary_tied", "narrow", "narrow_tied"]
+)
 def test_reading_back_keeps_every_weight_within_its_bound(
     case: str, precision: Precision, cases: Artifacts
 ) -> None:

@@ -125,6 +125,16 @@ def test_nan_in_the_artifact_fails(tmp_path, example):
         gate(SourceSession(broken), example)
 
 
+def test_a_runtime_that_breaks_fails(session, example):
+    def logits(_: list[int]) -> None:
+        raise RuntimeError("out of slots")
+
+    session.logits = logits
+    with pytest.raises(FailedGateError, match="reference failed: out of slots") as caught:
+        gate(session, example)
+    assert [measure.value for measure in caught.value.quality.measures] == [0, 0]
+
+
 def test_a_wrong_answer_fails(session, example):
     wrong = Smoke(prompt=SMOKE.prompt, expect="Atlantis")
     with pytest.raises(FailedGateError, match=r"France\?' was answered .*Paris.*'Atlantis'"):

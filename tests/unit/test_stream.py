@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -69,11 +70,13 @@ class Die:
 
 @dataclass(frozen=True)
 class Wait:
-    """Takes longer than anyone waits."""
+    """Says that it works, and takes its time."""
+
+    seconds: float
 
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
         os.write(1, b"waiting\n")  # One call: two workers share this pipe.
-        time.sleep(3600)
+        time.sleep(self.seconds)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +231,8 @@ def main(folder: str, out: str, kind: str, workers: str, limit_bytes: str) -> No
     """Body of a process that the tests interrupt, kill or starve of disk."""
     make_small_tasks(partial(setattr, stream))
     checkpoint = Checkpoint.open(Path(folder))
-    data = lay_out(checkpoint, Wait() if kind == "wait" else Copy())
+    encoders = {"wait": Wait(3600), "slow": Wait(0.1), "copy": Copy()}
+    data = lay_out(checkpoint, encoders[kind])
     fileio.reserve(Path(out), data.size_bytes)
     if int(limit_bytes):
         import resource
@@ -307,12 +311,34 @@ def test_interrupt_while_workers_start(start: Start) -> None:
     assert not psutil.wait_procs(children, PATIENCE_S)[1]
 
 
-def test_killed_parent_takes_idle_workers_with_it(start: Start) -> None:
-    process = start("copy", 2)
-    parent = psutil.Process(process.pid)
-    while len(children := workers_of(parent)) < 2:
-        assert process.poll() is None
-    parent.suspend()
+def test_interrupt_waits_until_a_worker_is_started() -> None:
+    """However many threads there are: libraries of linear algebra bring their own."""
+    done, end = [], threading.Event()
+    other = threading.Thread(target=end.wait)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), stream._interrupt_held_back():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            done.append("started")
+    finally:
+        end.set()
+        other.join()
+    assert done == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_worker_is_started_deaf_to_interrupts() -> None:
+    script = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with stream._interrupt_held_back():
+        told = subprocess.check_output([sys.executable, "-c", script], text=True)
+    assert told == "True\n"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_killed_parent_takes_its_workers_with_it(start: Start) -> None:
+    process = start("slow", 2)
+    children = wait_for_workers(process, 2)
     process.kill()
     errors = process.communicate(timeout=PATIENCE_S)[1]
     assert not psutil.wait_procs(children, PATIENCE_S)[1]

@@ -31,6 +31,7 @@ RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
 }
+END_OF_TURN = "<|end|>"
 PIECE_WEIGHTS = 1 << 21
 FINGERPRINT_BYTES = 1 << 16
 LOCAL_REVISION = "local"
@@ -85,12 +86,18 @@ class Checkpoint:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Every id that ends generation: generation_config.json first, then config.json."""
+        """Every id that ends generation: generation_config.json first, then config.json.
+
+        The token that ends a turn belongs to them, also where a fine-tune was saved without its
+        generation_config.json and names <|endoftext|> only.
+        """
         found = self.generation.get("eos_token_id", self.config.fields.get("eos_token_id"))
         ids = found if isinstance(found, list) else [found]
         if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise self.config.error("eos_token_id", found, "a token id or a list of them")
-        return tuple(ids)
+        added = self.tokenizer_config.get("added_tokens_decoder") or {}
+        turns = [int(i) for i, token in added.items() if token.get("content") == END_OF_TURN]
+        return tuple(dict.fromkeys([*ids, *turns]))
 
     def special_id(self, key: str) -> int | None:
         """`bos_token_id` or `pad_token_id`, generation_config.json first; None when absent."""

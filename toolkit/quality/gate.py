@@ -68,18 +68,21 @@ def run_gate(
 ) -> Quality:
     """Measure an artifact against its source; FailedGateError on the first limit it misses.
 
-    `context_length` is the artifact's, where it is shorter than the checkpoint's. Token ids and stop ids are always compared. With `check_logits` False the logits and the smoke
-    question are left out, and the result says `checked=False`.
+    Token ids and stop ids are always compared. With `check_logits` False the logits and the smoke
+    question are left out, and the result says `checked=False`. `context_length` is the artifact's,
+    where it is shorter than the checkpoint's.
     """
     gate = _Gate(session, checkpoint, decoder, chat, context_length or decoder.context)
-    _check_tokens(gate)
-    _check_stops(gate)
-    if not check_logits:
-        return gate.quality(checked=False)
-    _check_logits(gate, limits, console)
-    if smoke is not None:
-        _check_smoke(gate, smoke)
-    return gate.quality(checked=True)
+    try:
+        _check_tokens(gate)
+        _check_stops(gate)
+        if check_logits:
+            _check_logits(gate, limits, console)
+            if smoke is not None:
+                _check_smoke(gate, smoke)
+    except RuntimeError as error:  # what native runtimes raise
+        raise gate.fail(f"{session.runtime} failed: {error}") from error
+    return gate.quality(checked=check_logits)
 
 
 def probe_ids(checkpoint: Checkpoint, chat: Chat, context_length: int) -> list[int]:

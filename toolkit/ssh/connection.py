@@ -74,7 +74,14 @@ class Connection:
     def _open(self, command: str) -> "Channel":
         channel = self._transport.open_session(timeout=OPEN_TIMEOUT_S)
         channel.settimeout(STALL_TIMEOUT_S)
-        channel.exec_command(command)
+        # exec_command waits for ever for a server that has gone silent.
+        watchdog = threading.Timer(OPEN_TIMEOUT_S, channel.close)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            channel.exec_command(command)
+        finally:
+            watchdog.cancel()
         return channel
 
     @contextmanager

@@ -115,7 +115,7 @@ def _open_socket(
             advice="check the name; .local names need mDNS on this machine",
         ) from error
     except (TimeoutError, SSHException, OSError) as error:
-        reason = "no answer" if isinstance(error, TimeoutError) else error
+        reason = "no answer" if isinstance(error, TimeoutError) else _describe(error)
         raise UnreachableError(
             f"{name}: {where} cannot be reached: {reason}",
             advice="check that the device is on, in this network, and that its SSH server runs",
@@ -125,3 +125,8 @@ def _open_socket(
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_TIMEOUT_MS)
     return link
+
+
+def _describe(error: Exception) -> str:
+    """Return the system's words without its number."""
+    return getattr(error, "strerror", None) or str(error)

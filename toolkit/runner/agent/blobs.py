@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,6 +83,8 @@ def _write_part(stream: BinaryIO, part: Path, size_bytes: int, free_bytes: int) 
 
     What was written stays after a cut: it is what a resume will start from.
     """
+    from concurrent.futures import ThreadPoolExecutor  # slow to import, for this alone
+
     digest = hashlib.sha256()
     done_bytes = 0
     with part.open("wb") as out, ThreadPoolExecutor(1) as hasher:
