@@ -12,10 +12,10 @@ import jinja2
 import pytest
 from tokenizers import Tokenizer
 
-from tests.checkpoints import TOKENIZER_FILES, random_weights, variant_config, write_safetensors
+from tests.checkpoints import random_weights, variant_config, write_safetensors
 from tests.formats.gguf_cases import make_recipe
 from tests.formats.writing import write_artifact
-from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint import TOKENIZER_FILES, Checkpoint
 from toolkit.errors import CheckpointError, UnsupportedError
 from toolkit.formats import gguf
 from toolkit.formats.gguf import stripping, vocabulary

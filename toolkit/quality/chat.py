@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from toolkit.artifact import Chat
-from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint import END_OF_TURN, Checkpoint
 from toolkit.checkpoint.config import read_json
 from toolkit.errors import CheckpointError, UnsupportedError
 from toolkit.quality.tokens import read_tokenizer
@@ -24,7 +24,7 @@ Messages = Sequence[tuple[str, str]]
 
 ROLES = ("system", "user", "assistant")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-END_OF_TURN = "<|end|>"
+
 # Two contents that no template holds.
 FIRST, SECOND = "first-mark-5c1d", "second-mark-5c1d"
 # The last contents must come through untouched, whitespace and all.

@@ -108,7 +108,7 @@ class EmbeddedDevice:
             0,
             server_host_keys=[host_key],
             authorized_client_keys=str(self._keys / "id_ed25519.pub"),
-            process_factory=self._execute,
+            process_factory=self._start_session,
             encoding=None,
             line_editor=False,
             allow_pty=False,
@@ -132,12 +132,11 @@ class EmbeddedDevice:
         if self._sessions:
             await asyncio.wait(self._sessions, timeout=END_TIMEOUT_S)
 
-    def _remember_session(self) -> None:
-        """Keep this task, so that the end of the device can wait for it."""
-        task = asyncio.current_task()
-        if task:
-            self._sessions.add(task)
-            task.add_done_callback(self._sessions.discard)
+    def _start_session(self, channel: Any) -> None:
+        """Run a command in a task of our own: asyncssh would cancel its own half-way."""
+        task = self._loop.create_task(self._execute(channel))
+        self._sessions.add(task)
+        task.add_done_callback(self._sessions.discard)
 
     async def _execute(self, channel: Any) -> None:
         """Run the command of one SSH session; it dies with the session."""
@@ -157,7 +156,6 @@ class EmbeddedDevice:
             stderr=asyncio.subprocess.PIPE,
         )
         self._processes.add(process)
-        self._remember_session()
         feeding = asyncio.create_task(_pump(channel.stdin, process.stdin))
         finished = asyncio.create_task(_finish(process, channel))
         gone = asyncio.create_task(channel.channel.wait_closed())
