@@ -18,8 +18,12 @@ from toolkit.report import Report
 def format_bytes(count: float) -> str:
     """Format a count of bytes in decimal units: 2_720_000_000 -> '2.72 GB'."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= size:
-            return f"{count / size:.3g} {unit}" if count < 1e12 else f"{count / size:.0f} {unit}"
+        if abs(count) >= 0.9995 * size:
+            return (
+                f"{count / size:.3g} {unit}"
+                if abs(count) < 999.5 * size
+                else (f"{count / size:.0f} {unit}")
+            )
     return f"{count:.0f} B"
 
 
@@ -28,8 +32,8 @@ class Console:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self._out = rich.console.Console(highlight=False)
-        self._err = rich.console.Console(stderr=True, highlight=False)
+        self._out = rich.console.Console(highlight=False, emoji=False)
+        self._err = rich.console.Console(stderr=True, highlight=False, emoji=False)
 
     def event(self, name: str, /, **fields: object) -> None:
         """Print one JSON event in --json mode; nothing otherwise."""
@@ -51,7 +55,7 @@ class Console:
         if self.as_json:
             return
         table = rich.table.Table(
-            title=title or None,
+            title=rich.markup.escape(title) or None,
             box=rich.box.SIMPLE_HEAD,
             title_justify="left",
             show_header=any(headers),
@@ -68,10 +72,10 @@ class Console:
             self.event("step", report=report.title, **vars(step))
         self.event("report", title=report.title, ok=report.ok)
         rows = [
-            ["ok" if s.ok else "FAILED", s.name, f"{s.seconds:.1f} s", s.measured, s.limit]
+            ["ok" if s.ok else "FAILED", s.name, f"{s.seconds:.1f} s", _beside(s.measured, s.limit)]
             for s in report.steps
         ]
-        self.table(report.title, ["", "step", "time", "measured", "limit"], rows)
+        self.table(report.title, ["", "step", "time", "measured (limit)"], rows)
 
     def error(self, error: PhishipError) -> None:
         """Print an expected error to stderr with its next step."""
@@ -115,3 +119,13 @@ class Console:
                 self.event("progress", label=label, done_bytes=done_bytes, total_bytes=total_bytes)
 
         return advance
+
+
+def _beside(measured: str, limit: str) -> str:
+    """Each line of what was measured with its limit in brackets."""
+    if not limit:
+        return measured
+    lines, limits = measured.split("\n"), limit.split("\n")
+    if len(lines) != len(limits):
+        return f"{measured} ({limit})"
+    return "\n".join(f"{line} ({bound})" for line, bound in zip(lines, limits, strict=True))

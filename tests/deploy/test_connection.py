@@ -1,9 +1,11 @@
 """Connections: commands that cannot hang, and sentences for everything that goes wrong."""
 
+import contextlib
 import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -61,42 +63,54 @@ def test_stalled_transfer(device: Device, monkeypatch: pytest.MonkeyPatch) -> No
         link.run("sleep 60", iter(lambda: b"x" * 250_000, b""), timeout_s=120)
 
 
-def test_server_that_goes_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its processes are stopped: the connection stays open, and nobody answers any more."""
-    monkeypatch.setattr(connection_module, "OPEN_TIMEOUT_S", 2)
+@pytest.fixture
+def silenceable(tmp_path: Path) -> Iterator[tuple[Device, Callable[[], None]]]:
+    """A device, and what stops its server's processes while the connection stays open."""
     server = start_sshd(tmp_path / "sshd")
-    with connect(server.device(tmp_path, host_key=server.fingerprint())) as link:
-        assert link.run("echo hello", timeout_s=30).stdout == b"hello\n"
-        sessions = psutil.Process(server.process.pid).children(recursive=True)
-        for session in sessions:
-            session.suspend()
-        with pytest.raises(UnreachableError):
-            link.run("echo hello", timeout_s=30)
-        for session in sessions:
-            session.kill()
+    stopped: list[psutil.Process] = []
+
+    def silence() -> None:
+        for process in psutil.Process(server.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it served the handshake only
+                process.suspend()
+                stopped.append(process)
+
+    yield server.device(tmp_path, host_key=server.fingerprint()), silence
+    for process in stopped:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     server.stop()
 
 
-def test_exec_that_is_never_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The channel opens, and then the server stops."""
+def test_server_that_goes_silent(
+    silenceable: tuple[Device, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(connection_module, "OPEN_TIMEOUT_S", 2)
-    server = start_sshd(tmp_path / "sshd")
-    with connect(server.device(tmp_path, host_key=server.fingerprint())) as link:
-        sessions = psutil.Process(server.process.pid).children(recursive=True)
-        real_open = link._transport.open_session
+    device, silence = silenceable
+    with connect(device) as link:
+        assert link.run("echo hello", timeout_s=30).stdout == b"hello\n"
+        silence()
+        with pytest.raises(UnreachableError):
+            link.run("echo hello", timeout_s=30)
 
-        def open_then_stop(timeout: float) -> object:
-            channel = real_open(timeout=timeout)
-            for session in sessions:
-                session.suspend()
+
+def test_exec_that_is_never_answered(
+    silenceable: tuple[Device, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The channel opens, and then the server goes silent."""
+    device, silence = silenceable
+    with connect(device) as link:
+        open_session = link._transport.open_session
+
+        def open_then_silence(timeout: float) -> object:
+            channel = open_session(timeout=timeout)
+            silence()
+            monkeypatch.setattr(connection_module, "OPEN_TIMEOUT_S", 2)
             return channel
 
-        monkeypatch.setattr(link._transport, "open_session", open_then_stop)
+        monkeypatch.setattr(link._transport, "open_session", open_then_silence)
         with pytest.raises(UnreachableError):
             link.run("echo hello", timeout_s=30)
-        for session in sessions:
-            session.kill()
-    server.stop()
 
 
 def test_too_much_output(device: Device) -> None:

@@ -25,12 +25,12 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "narrow_tied": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3,
                     "intermediate_size": 256, "tie_word_embeddings": True},
     # LongRoPE as in Phi-3.5: the switch at a multiple of 256, to which llama.cpp rounds contexts.
-    # 22 factors take 88 bytes, so that what follows must be aligned.
+    # 20 factors take 80 bytes, so that what follows must be aligned.
     "long_context": {**VARIANTS["longrope"], "max_position_embeddings": 1024,
-                     "original_max_position_embeddings": 256, "partial_rotary_factor": 0.6875,
+                     "original_max_position_embeddings": 256, "partial_rotary_factor": 0.625,
                      "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 256,
-                                      "short_factor": [1 + 0.02 * i for i in range(22)],
-                                      "long_factor": [1 + 0.15 * i for i in range(22)]}},
+                                      "short_factor": [1 + 0.02 * i for i in range(20)],
+                                      "long_factor": [1 + 0.15 * i for i in range(20)]}},
     # Enough layers for all of the mix: first and last eighth, every third between.
     "deep": {"num_hidden_layers": 11},
 }  # fmt: skip
