@@ -117,9 +117,11 @@ def test_every_spelling_of_plain_rope_is_the_same_decoder(fields: dict[str, Any]
     assert not decoder.rope.is_long
 
 
-def test_values_inside_win_as_in_transformers() -> None:
+def test_which_of_two_wins_is_as_in_transformers() -> None:
     decoder = decode(rope_theta=1.0, rope_parameters={"rope_theta": 500.0})
     assert decoder.rope.theta == 500.0
+    scaling = {"rope_type": "longrope", "type": "linear", **FACTORS}
+    assert decode(**TOP, rope_scaling=scaling) == decode(**SPELLINGS["published now"])
     decoder = decode(partial_rotary_factor=0.5, rope_parameters={"partial_rotary_factor": 0.75})
     assert decoder.rope.rotary_dim == 72
 

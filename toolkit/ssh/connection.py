@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ class Connection:
             try:
                 return _Exchange(channel, timeout_s).finish(pieces)
             finally:
-                channel.close()
+                _close(channel)
 
     @contextmanager
     def hold(self, command: str) -> Iterator[bytes]:
@@ -67,15 +67,15 @@ class Connection:
             yield line
         finally:
             # Its end is awaited, so that what it holds is free when the block is left.
-            channel.shutdown_write()
+            _close_input(channel)
             channel.status_event.wait(RELEASE_TIMEOUT_S)
-            channel.close()
+            _close(channel)
 
     def _open(self, command: str) -> "Channel":
         channel = self._transport.open_session(timeout=OPEN_TIMEOUT_S)
         channel.settimeout(STALL_TIMEOUT_S)
         # exec_command waits for ever for a server that has gone silent.
-        watchdog = threading.Timer(OPEN_TIMEOUT_S, channel.close)
+        watchdog = threading.Timer(OPEN_TIMEOUT_S, _close, [channel])
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -98,7 +98,7 @@ class Connection:
             ) from error
         except (SSHException, OSError, EOFError) as error:
             raise UnreachableError(
-                f"{self.device.name}: the connection was lost ({error or type(error).__name__})",
+                f"{self.device.name}: the connection was lost ({str(error) or type(error).__name__})",
                 advice="run the same command again: what has arrived is not sent again",
             ) from error
 
@@ -133,7 +133,7 @@ class _Exchange:
             self._left_s()
             if not _send_all(self._channel, piece):
                 return
-        self._channel.shutdown_write()
+        _close_input(self._channel)
 
     def _complete(self) -> Completed:
         if len(self._stdout) > OUTPUT_LIMIT_BYTES:
@@ -155,7 +155,7 @@ class _Exchange:
         for piece in _read_all(self._channel.recv):
             self._stdout += piece
             if len(self._stdout) > OUTPUT_LIMIT_BYTES:
-                self._channel.close()
+                _close(self._channel)
 
     def _read_stderr(self) -> None:
         for piece in _read_all(self._channel.recv_stderr):
@@ -171,6 +171,20 @@ def connect(device: Device) -> Iterator[Connection]:
     """
     with log_in(device) as transport:
         yield Connection(device, transport)
+
+
+def _close_input(channel: "Channel") -> None:
+    """Say that no more input comes, where there is still somebody to tell."""
+    with suppress(OSError, EOFError):
+        channel.shutdown_write()
+
+
+def _close(channel: "Channel") -> None:
+    """Close a channel; on a connection that is gone there is nobody to tell."""
+    from paramiko.ssh_exception import SSHException
+
+    with suppress(SSHException, OSError, EOFError):
+        channel.close()
 
 
 def _send_all(channel: "Channel", piece: bytes) -> bool:
