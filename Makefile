@@ -9,7 +9,7 @@ help:
 	@echo "make demo   set up, convert the bundled Phi-3, push it over SSH, ask it a question there"
 	@echo "make test   set up, run the tests"
 	@echo "make check  set up, lint and type-check"
-	@echo "make bench  set up, compare with the vendors' converters (bench/README.md says what it needs)"
+	@echo "make bench  set up, time the quantizer; ARGS=... compares with the vendors' tools (bench/README.md)"
 	@echo "make setup  only make $(VENV) with everything"
 
 setup: $(VENV)/ready
@@ -33,7 +33,12 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python bench/convert.py --help
+	$(BIN)/python -m bench.quantizer
+ifdef ARGS
+	$(BIN)/python bench/convert.py $(ARGS)
+else
+	@echo "side by side with the vendors' converters: make bench ARGS='--checkpoint ...' (bench/README.md)"
+endif
 
 clean:
 	rm -rf $(VENV) $(OUT)

@@ -118,7 +118,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise SettingsError(

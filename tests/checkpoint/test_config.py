@@ -184,6 +184,7 @@ def longrope(**changes: Any) -> dict[str, Any]:
         (longrope(short_mscale=[]), "rope_scaling: short_mscale: got []"),
         ({**longrope(), "rope_theta": "1e4"}, "rope_theta: got '1e4'; allowed a number above 0"),
         ({**longrope(), "rope_theta": 0}, "rope_theta: got 0"),
+        ({**longrope(), "rope_theta": True}, "rope_theta: got True"),
         ({"rope_parameters": {"rope_theta": []}}, "rope_parameters: rope_theta: got []"),
         ({"partial_rotary_factor": 0.01}, "partial_rotary_factor: got 0.01; allowed what makes 96"),
         ({"partial_rotary_factor": 2}, "partial_rotary_factor: got 2.0"),

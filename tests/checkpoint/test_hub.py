@@ -15,6 +15,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from tests.checkpoint import hub_server
 from tests.checkpoint.hub_server import Hub, Repository, serve
 from tests.checkpoints import write_random_checkpoint
 from toolkit.checkpoint import Checkpoint
@@ -63,6 +64,7 @@ def hub(
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -115,6 +117,14 @@ def test_only_what_is_needed_is_fetched(hub: Hub, cache: Path, source: Path) -> 
     assert not {"pytorch_model.bin", "modeling_phi3.py", "README.md"} & hub.fetched()
     tokenizer = {path.name for path in source.iterdir()} & {"tokenizer.json", "tokenizer.model"}
     assert tokenizer <= hub.fetched()
+
+
+def test_weights_kept_as_small_files(
+    hub: Hub, cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as large files with a sha256: huggingface_hub fetches them whole."""
+    monkeypatch.setattr(hub_server, "LARGE_SUFFIXES", ())
+    assert_same(resolve(ID, QUIET, cache=cache), source)
 
 
 def test_second_time_nothing_is_fetched(hub: Hub, cache: Path) -> None:
@@ -227,7 +237,7 @@ resolve(sys.argv[1], Console(as_json=True), cache=Path(sys.argv[2]))
 
 def start(hub: Hub, cache: Path, first: str = "") -> subprocess.Popen[str]:
     """Download in another process, which runs `first` and finds the hub by its environment."""
-    hidden = ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy")
+    hidden = ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache.parent / "home")}
     command = [sys.executable, "-c", first + SCRIPT, ID, str(cache)]

@@ -167,6 +167,7 @@ FIELDS = (
         ("title: again\n", "6: title: given twice, first in line 2; keep one"),
         ("  size: 16\n", "6: block.size: given twice, first in line 5; keep one"),
         ("extra:\n  a:\n    - b: 1\n      b: 2\n", "9: extra.a[0].b: given twice, first in line 8"),
+        ("extra:\n  a: {b: {c: 1, c: 2}}\n", "7: extra.a.b.c: given twice, first in line 7"),
         ("? [a]\n: 1\n", "6: got a key that is not plain text"),
         ("extra: &e\n  a: *e\n", "7: extra.a: got a mapping: found unconstructable recursive node"),
         ("extra: {a: !!python/name:os.system x}\n", "6: extra.a: got x: could not determine a con"),

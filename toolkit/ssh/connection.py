@@ -97,8 +97,9 @@ class Connection:
                 advice="look after the device and its network, then run the same command again",
             ) from error
         except (SSHException, OSError, EOFError) as error:
+            reason = str(error) or type(error).__name__
             raise UnreachableError(
-                f"{self.device.name}: the connection was lost ({str(error) or type(error).__name__})",
+                f"{self.device.name}: the connection was lost ({reason})",
                 advice="run the same command again: what has arrived is not sent again",
             ) from error
 
