@@ -134,7 +134,7 @@ def test_structs_lie_as_in_the_library(cases: Artifacts) -> None:
     model = library.llama_model_default_params()
     # llama.cpp's own defaults, seen through our layout: all layers, by layer, mapped, whole.
     assert (model.n_gpu_layers, model.split_mode, model.load_mode, model.main_gpu) == (-1, 1, -1, 0)
-    assert (model.vocab_only, list(model.rest[:5])) == (False, [0, 1, 0, 0, 0])
+    assert (model.vocab_only, model.check_tensors, model.use_extra_bufts) == (False, False, True)
     context = library.llama_context_default_params()
     names = [name for name, _ in context._fields_[:9]]
     assert [getattr(context, name) for name in names] == [512, 2048, 512, 1, 0, 0, 1, 4, 4]

@@ -35,7 +35,9 @@ class ModelParams(ctypes.Structure):
         ("progress_callback_user_data", ctypes.c_void_p),
         ("kv_overrides", ctypes.c_void_p),
         ("vocab_only", ctypes.c_bool),
-        ("rest", ctypes.c_uint8 * 63),
+        ("check_tensors", ctypes.c_bool),
+        ("use_extra_bufts", ctypes.c_bool),
+        ("rest", ctypes.c_uint8 * 61),
     )
 
 

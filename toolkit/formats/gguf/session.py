@@ -83,6 +83,8 @@ class GgufSession:
         params = self._llama.llama_model_default_params()
         params.n_gpu_layers = 0
         params.vocab_only = vocab_only
+        # Repacking for this machine's kernels would hold the weights twice.
+        params.use_extra_bufts = False
         load = partial(self._llama.llama_model_load_from_file, os.fsencode(self._path), params)
         model, reason = attempt(load)
         if not model:
