@@ -41,6 +41,11 @@ class Options:
     replace: bool = False
 
 
+def open_checked(reference: str, console: Console) -> Checkpoint:
+    """Open a folder or fetch a Hugging Face id; what cannot be built is refused before a fetch."""
+    return resolve(reference, console, accept=read_decoder)
+
+
 def build(
     recipe: Recipe, checkpoint: Checkpoint, out: Path, options: Options, console: Console,
     report: Report,
@@ -163,7 +168,7 @@ def check_artifact(
         step.measured = f"{len(manifest.files)} files, {format_bytes(manifest.size_bytes)}"
     recipe = _recipe_of(manifest)
     with report.step("source") as step:
-        checkpoint = resolve(reference or _source_of(manifest), console)
+        checkpoint = open_checked(reference or _source_of(manifest), console)
         decoder = read_decoder(checkpoint.config)
         checkpoint.check(decoder)
         if checkpoint.fingerprint() != manifest.source.digest:

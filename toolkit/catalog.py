@@ -6,8 +6,6 @@ from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
-
 from toolkit import formats, yamlfile
 from toolkit.errors import SettingsError
 from toolkit.model import Model
@@ -58,5 +56,4 @@ def _load(kind: str, name: str, struct: type[T]) -> T:
             f"{name!r} is not one of the bundled {kind}",
             advice=f"{hint} `phiship list` shows all; a path to a .yaml file works too".strip(),
         )
-    loaded: Any = yamlfile.load(path, struct)
-    return msgspec.structs.replace(loaded, name=path.stem)  # type: ignore[no-any-return]
+    return yamlfile.load(path, struct, given={"name": path.stem})

@@ -165,8 +165,7 @@ def build_command(
 ) -> None:  # fmt: skip
     """Convert a checkpoint, check it against its source, seal it as an artifact."""
     from toolkit import catalog
-    from toolkit.build import Options, build, raise_on_sigterm
-    from toolkit.checkpoint.hub import resolve
+    from toolkit.build import Options, build, open_checked, raise_on_sigterm
 
     raise_on_sigterm()
     console = Console(as_json=as_json)
@@ -176,7 +175,7 @@ def build_command(
     )
     report = Report(f"build {loaded.name}")
     with _rendering(console, report):
-        path = build(loaded, resolve(checkpoint, console), out, options, console, report)
+        path = build(loaded, open_checked(checkpoint, console), out, options, console, report)
     console.event("artifact", path=str(path))
     console.result(str(path))
 

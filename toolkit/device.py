@@ -18,9 +18,21 @@ DEFAULT_ROOT = "~/.phiship"
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 # No white space, and no leading dash: it would be read as an option of ssh.
-Host = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_:.%][A-Za-z0-9_:.%-]*$")]
-User = Annotated[str, msgspec.Meta(pattern=r"^([A-Za-z0-9_.][^\s:@/]*)?$")]
-Fingerprint = Annotated[str, msgspec.Meta(pattern=r"^SHA256:[A-Za-z0-9+/]{43}$")]
+Host = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[A-Za-z0-9_:.%][A-Za-z0-9_:.%-]*$", description="a host name or address"
+    ),
+]
+User = Annotated[
+    str, msgspec.Meta(pattern=r"^([A-Za-z0-9_.][^\s:@/]*)?$", description="a user's name")
+]
+Fingerprint = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^SHA256:[A-Za-z0-9+/]{43}$", description="a fingerprint such as SHA256:0123..."
+    ),
+]
 
 
 class DeviceEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

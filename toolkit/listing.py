@@ -5,9 +5,9 @@ from pathlib import Path
 import msgspec
 
 from toolkit import catalog
+from toolkit.build import open_checked
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
-from toolkit.checkpoint.hub import resolve
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
 from toolkit.families import read_decoder
@@ -44,7 +44,7 @@ def show_plan(
     """Show the plan; PlanError when it does not fit the target."""
     recipe = catalog.load_recipe(recipe_name)
     target = catalog.load_target(target_name) if target_name else None
-    opened = resolve(checkpoint, console) if checkpoint else None
+    opened = open_checked(checkpoint, console) if checkpoint else None
     plan = make_plan(
         recipe,
         _decoder(recipe, opened),

@@ -6,9 +6,8 @@ import msgspec
 
 from toolkit import catalog
 from toolkit.artifact import Smoke
-from toolkit.build import Options, build
+from toolkit.build import Options, build, open_checked
 from toolkit.checkpoint.config import Config
-from toolkit.checkpoint.hub import resolve
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
 from toolkit.deploy import DISK_RESERVE_BYTES, deploy, probe
@@ -32,7 +31,7 @@ def ship(
     """Do it all; every step goes into `report`. Raises what the failing step raises."""
     device = resolve_device(device_name, devices_file)
     with report.step("read checkpoint") as step:
-        checkpoint = resolve(reference, console)
+        checkpoint = open_checked(reference, console)
         decoder = read_decoder(checkpoint.config)
         step.measured = f"{checkpoint.folder}: {decoder.layers} layers x {decoder.hidden}"
     with report.step("probe device") as step:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from toolkit import fileio
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import BuildError, PhishipError
+from toolkit.errors import BuildError, CheckpointError, PhishipError
 from toolkit.progress import Advance
 
 TASK_WEIGHTS = 1 << 23
@@ -141,7 +141,9 @@ class _Work:
                 output_row = task.first + row - task.start
                 task.encoder.write(self.descriptor, raw, output_row, task.offsets)
             except ValueError as error:
-                raise BuildError(f"{self.checkpoint.folder}: {task.tensor}: {error}") from error
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {task.tensor}: {error}"
+                ) from error
             read_bytes += raw.nbytes
         return read_bytes
 

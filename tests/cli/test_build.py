@@ -157,7 +157,7 @@ def test_a_weight_that_is_not_finite_is_named(
 ) -> None:
     set_weight(copied, bits)
     done = build(recipe, copied, tmp_path / "out", "--no-check")
-    assert done.returncode == BuildError.exit_code, name
+    assert done.returncode == CheckpointError.exit_code, name
     assert "finite" in events(done)[-1]["message"]
     assert ".weight" in events(done)[-1]["message"]
     assert leftovers(tmp_path / "out") == []

@@ -1,6 +1,7 @@
 """GGUF artifacts in llama.cpp: its structs, its logits against the source's, its generation."""
 
 import importlib.metadata
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.errors import ArtifactError, MissingExtraError
 from toolkit.families import read_decoder
 from toolkit.formats import gguf
-from toolkit.formats.gguf import llama
+from toolkit.formats.gguf import ggml, llama
 from toolkit.formats.gguf.session import BATCH_TOKENS
 from toolkit.quality.reference import forward
 
@@ -175,6 +176,15 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingExtraError, match=r"found version 2027\.1\.1") as caught:
         llama.load_llama()
     assert caught.value.advice == f"install it with: pip install xllamacpp=={llama.VERSION}"
+
+
+def test_without_the_wheel_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ggml.load_library.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(MissingExtraError) as caught:
+        ggml.load_library()
+    assert caught.value.advice == "install it with: pip install 'phiship[gguf]'"
 
 
 def test_the_extra_pins_the_version_whose_structs_are_known() -> None:

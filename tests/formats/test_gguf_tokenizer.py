@@ -226,10 +226,17 @@ def test_a_missing_or_damaged_tokenizer_is_an_error(tmp_path: Path) -> None:
         vocabulary.read_vocabulary(tmp_path, 10)
 
 
-def test_the_modelfile_has_turns_stops_and_context(example: Path, tmp_path: Path) -> None:
-    write_artifact(make_recipe("f16"), Checkpoint.open(example), tmp_path)
+@pytest.mark.parametrize("is_phi35", [False, True])
+def test_the_modelfile_has_turns_stops_and_context(
+    is_phi35: bool, example: Path, tmp_path: Path
+) -> None:
+    folder = write_source(tmp_path / "source", example)
+    if is_phi35:
+        strip_behind(folder, "<|assistant|>", "</s>")
+    write_artifact(make_recipe("f16"), Checkpoint.open(folder), tmp_path)
     text = (tmp_path / "Modelfile").read_text("utf-8")
     assert text.startswith("FROM ./model.gguf\n")
+    assert ('<|assistant|>\n"""' in text) is not is_phi35
     for stop in ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>"):
         assert f'PARAMETER stop "{stop}"' in text
-    assert "PARAMETER num_ctx 512" in text
+    assert "PARAMETER num_ctx 256" in text

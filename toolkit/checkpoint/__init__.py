@@ -95,9 +95,18 @@ class Checkpoint:
         ids = found if isinstance(found, list) else [found]
         if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise self.config.error("eos_token_id", found, "a token id or a list of them")
+        return tuple(dict.fromkeys([*ids, *self._added_ids(END_OF_TURN)]))
+
+    def _added_ids(self, content: str) -> list[int]:
+        """Ids of an added token by its text, from tokenizer_config.json."""
         added = self.tokenizer_config.get("added_tokens_decoder") or {}
-        turns = [int(i) for i, token in added.items() if token.get("content") == END_OF_TURN]
-        return tuple(dict.fromkeys([*ids, *turns]))
+        try:
+            return [int(i) for i, token in added.items() if token["content"] == content]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder / 'tokenizer_config.json'}: added_tokens_decoder: "
+                f"damaged ({error!r}); allowed a mapping of ids to tokens with their content"
+            ) from error
 
     def special_id(self, key: str) -> int | None:
         """`bos_token_id` or `pad_token_id`, generation_config.json first; None when absent."""

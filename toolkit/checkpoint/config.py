@@ -47,6 +47,13 @@ class Config:
             raise self.error(key, value, "a whole number above 0")
         return value
 
+    def flag(self, key: str) -> bool:
+        """True or false; false when absent; CheckpointError otherwise."""
+        value = self.fields.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(key, value, "true or false")
+        return bool(value)
+
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number > 0; CheckpointError otherwise."""
         value = self.fields.get(key)

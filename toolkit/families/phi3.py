@@ -25,7 +25,7 @@ def read(config: Config) -> Decoder:
     hidden = config.integer("hidden_size")
     head_dim = config.integer("head_dim", hidden // heads)
     context = config.integer("max_position_embeddings")
-    window = config.fields.get("sliding_window")
+    window = config.fields.get("sliding_window") and config.integer("sliding_window")
     if heads % kv_heads:
         raise config.error("num_key_value_heads", kv_heads, f"a divisor of {heads}")
     if config.fields.get("hidden_act", "silu") != "silu":
@@ -42,7 +42,7 @@ def read(config: Config) -> Decoder:
         context=context,
         norm_epsilon=config.number("rms_norm_eps", 1e-5),
         rope=normalize_rope(config, head_dim),
-        window=window if window is not None and 0 < window < context else None,
-        is_tied=bool(config.fields.get("tie_word_embeddings", False)),
+        window=window if window and window < context else None,
+        is_tied=config.flag("tie_word_embeddings"),
         names=NAMES,
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from toolkit.checkpoint import Checkpoint
 from toolkit.formats.gguf.layout import DATA_FILE
+from toolkit.formats.gguf.stripping import strip_text, texts_to_strip
 from toolkit.formats.gguf.vocabulary import Token
 
 TURNS = "{{ range .Messages }}<|{{ .Role }}|>\n{{ .Content }}<|end|>\n{{ end }}<|assistant|>\n"
@@ -16,7 +17,7 @@ def write_modelfile(checkpoint: Checkpoint, tokens: Sequence[Token], context_len
     stops = [*texts, *(role for role in ROLES if role not in texts)]
     lines = [
         f"FROM ./{DATA_FILE}",
-        f'TEMPLATE """{TURNS}"""',
+        f'TEMPLATE """{strip_text(TURNS, texts_to_strip(tokens))}"""',
         *(f'PARAMETER stop "{text}"' for text in stops),
         f"PARAMETER num_ctx {context_length}",
     ]
