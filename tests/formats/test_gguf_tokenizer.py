@@ -156,6 +156,8 @@ def test_llama_servers_chat_has_the_sources_ids(
             prompt = json.load(response)["prompt"]
         with model._post("/tokenize", {"content": prompt, "parse_special": True}) as response:
             assert json.load(response)["tokens"] == expected
+        # A server that is closed before its loop has begun to serve waits for ever.
+        assert list(model.generate(expected, 1))
     finally:
         model.close()
 
