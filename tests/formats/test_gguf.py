@@ -15,7 +15,7 @@ from tests.formats.writing import write_artifact
 from tests.golden.make_gguf import GOLDEN, digest_tensors, read_metadata
 from toolkit import stream
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import ArtifactError, BuildError, PlanError
+from toolkit.errors import ArtifactError, CheckpointError, PlanError
 from toolkit.families import read_decoder
 from toolkit.formats import gguf
 from toolkit.formats.gguf import q4_0
@@ -286,7 +286,9 @@ def test_nothing_is_built_of_weights_that_are_not_finite(tmp_path: Path) -> None
     name = "model.layers.1.mlp.down_proj.weight"
     weights[name][200, 7] = np.inf
     write_safetensors(folder / "model.safetensors", weights, "bf16")
-    with pytest.raises(BuildError, match=rf"{name}: non-finite weight .* in row 200, column 7"):
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: non-finite weight .* in row 200, column 7"
+    ):
         write_artifact(make_recipe("q4_k_m"), Checkpoint.open(folder), tmp_path)
 
 

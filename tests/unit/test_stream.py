@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tests.checkpoints import write_random_checkpoint
 from toolkit import fileio, stream
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import BuildError
+from toolkit.errors import BuildError, CheckpointError
 
 HEADER_BYTES = 100
 SMALL_TASK_WEIGHTS = 1 << 14
@@ -204,7 +204,7 @@ def test_weight_that_cannot_be_held_is_named(
     data = lay_out(checkpoint, Refuse())
     first = data.pieces[0].tensor
     says = rf"{checkpoint.folder}: {first if workers == 1 else '.*'}: row \d+ holds NaN"
-    with pytest.raises(BuildError, match=says):
+    with pytest.raises(CheckpointError, match=says):
         write(checkpoint, data, tmp_path, workers)
     assert not workers_of(psutil.Process())
 
