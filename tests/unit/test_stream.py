@@ -127,14 +127,14 @@ def source_bytes(checkpoint: Checkpoint) -> bytes:
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    """Worker processes, zombies included; not multiprocessing's resource tracker."""
+    """Worker processes, zombies included; not what other tests of this process have running."""
     found = []
     for child in process.children(recursive=True):
         try:
-            command = " ".join(child.cmdline())
+            is_worker = "spawn_main" in " ".join(child.cmdline())
         except psutil.ZombieProcess:
-            command = ""
-        if "resource_tracker" not in command:
+            is_worker = child.name().startswith("python")
+        if is_worker:
             found.append(child)
     return found
 

@@ -31,6 +31,7 @@ class Model:
         self.version = str(llama.__version__)
         self.provider = provider
         self._key = secrets.token_hex(16)
+        self._has_begun = False
         params.api_keys = [self._key]
         try:
             self._server = llama.Server(params)
@@ -59,6 +60,7 @@ class Model:
             "stream": True,
         }
         with self._post("/completion", request) as response:
+            self._has_begun = True
             for line in response:
                 if not line.startswith(b"data: "):
                     continue
@@ -71,7 +73,12 @@ class Model:
                     yield int(token), chunk["content"] if position == len(tokens) - 1 else ""
 
     def close(self) -> None:
-        """Stop the server and free its memory."""
+        """Stop the server and free its memory.
+
+        Closing one whose loop has not begun can hang for ever, so a token is made first.
+        """
+        if not self._has_begun:
+            list(self.generate([0], 1))
         del self._server
 
     def _post(self, path: str, request: dict[str, Any]) -> http.client.HTTPResponse:
