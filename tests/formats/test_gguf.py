@@ -19,7 +19,7 @@ from toolkit.errors import ArtifactError, CheckpointError, PlanError
 from toolkit.families import read_decoder
 from toolkit.formats import gguf
 from toolkit.formats.gguf import q4_0
-from toolkit.formats.gguf.encoder import GgmlEncoder
+from toolkit.formats.gguf.encoder import LARGEST_HALF, GgmlEncoder
 from toolkit.formats.gguf.ggml import load_library
 from toolkit.formats.gguf.mix import BLOCKS, GgmlType, choose_types
 from toolkit.formats.gguf.recipe import Precision
@@ -157,7 +157,7 @@ def test_q4_0_of_every_ratio_is_ggmls() -> None:
     raw[:, 1:] = np.random.default_rng(1).integers(0x3D00, 0x3F80, (len(extremes), 31))
     raw[:, 2::2] |= 0x8000
     encoded = np.zeros((len(raw), 18), np.uint8)
-    assert q4_0.quantize(raw, q4_0.find_extremes(raw), encoded)
+    assert q4_0.quantize(raw, encoded, LARGEST_HALF)
     assert np.array_equal(encoded.ravel(), run_ggml(GgmlType.Q4_0, as_float32(raw)))
 
 

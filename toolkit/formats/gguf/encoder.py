@@ -15,6 +15,7 @@ from toolkit.stream import write_rows
 # A kernel call takes about this many weights, so that they stay in a core's L2 as float32.
 CHUNK_WEIGHTS = 1 << 17
 WIDE_TYPES = (GgmlType.F32, GgmlType.BF16)
+LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class GgmlEncoder:
         """Encode and write rows; ValueError on Inf, NaN and weights the type cannot hold."""
         rows, columns = raw.shape
         encoded = _buffer(rows * self.kind.row_bytes(columns)).reshape(rows, -1)
-        if not (self.kind == GgmlType.Q4_0 and _quantize_fast(raw, encoded)):
+        if not (self.kind == GgmlType.Q4_0 and q4_0.quantize(raw, encoded, LARGEST_HALF)):
             step = max(1, CHUNK_WEIGHTS // columns)
             for first in range(0, rows, step):
                 part = raw[first : first + step]
@@ -75,17 +76,6 @@ class GgmlEncoder:
         if magnitudes[bad_row, column] >= known.infinity:
             raise ValueError(f"non-finite weight (NaN or Inf) {where}")
         raise ValueError(f"weight too large for {self.kind.name} (65504 at most) {where}")
-
-
-def _quantize_fast(raw: NDArray[Any], encoded: NDArray[np.uint8]) -> bool:
-    """Q4_0 of bf16; False where the plain way has to decide, or to say what is wrong."""
-    if raw.dtype != np.uint16:
-        return False
-    known = MAGNITUDES[raw.dtype]
-    extremes = q4_0.find_extremes(raw)
-    if (extremes & known.mask).max() > known.largest_half:
-        return False
-    return q4_0.quantize(raw, extremes, encoded)
 
 
 _buffers: dict[str, NDArray[np.uint8]] = {}

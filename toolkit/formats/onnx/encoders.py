@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from toolkit import fileio
 from toolkit.checkpoint import to_float32
-from toolkit.quantize.blockwise import BlockQuantizer, pack_nibbles
+from toolkit.quantize import mlas
 from toolkit.stream import write_rows
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
@@ -27,16 +27,15 @@ class Blocks:
         """Quantize rows; `offsets` are those of codes, scales and, if any, zero points."""
         rows, columns = raw.shape
         blocks = columns // self.block_size
-        work = _work(self, rows * columns)
-        codes = work.codes[: rows * columns * self.bits // 8]
-        scales, points = work.scales[: rows * blocks], work.zero_points[: rows * blocks]
-        work.quantizer.quantize(raw.reshape(-1), codes, scales, None if self.symmetric else points)
-        write_rows(descriptor, codes.reshape(rows, -1), row, offsets[0])
-        write_rows(descriptor, scales.reshape(rows, -1), row, offsets[1])
-        if not self.symmetric:
-            packed = points.reshape(rows, -1)
-            packed = pack_nibbles(packed) if self.bits == 4 else packed
-            write_rows(descriptor, packed, row, offsets[2])
+        codes = np.empty((rows, columns * self.bits // 8), np.uint8)
+        scales = np.empty((rows, blocks), self.scale_dtype)
+        points = None if self.symmetric else np.empty((rows, blocks), np.uint8)
+        flat = None if points is None else points.reshape(-1)
+        mlas.quantize(raw, self.bits, self.block_size, codes.reshape(-1), scales.reshape(-1), flat)
+        write_rows(descriptor, codes, row, offsets[0])
+        write_rows(descriptor, scales, row, offsets[1])
+        if points is not None:
+            write_rows(descriptor, mlas.pack_zero_points(points, self.bits), row, offsets[2])
 
 
 @dataclass(frozen=True)
@@ -80,30 +79,3 @@ def _convert(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
     if not np.isfinite(converted).all():
         raise ValueError(f"a weight is not finite (NaN, Inf or beyond {dtype})")
     return converted
-
-
-@dataclass
-class _Work:
-    """Buffers of one process for one encoding, reused by all its tasks."""
-
-    quantizer: BlockQuantizer
-    codes: NDArray[np.uint8]
-    scales: NDArray[Any]
-    zero_points: NDArray[np.uint8]
-
-
-_works: dict[Blocks, _Work] = {}
-
-
-def _work(encoder: Blocks, weights: int) -> _Work:
-    found = _works.get(encoder)
-    if found is None or found.codes.size * 8 < weights * encoder.bits:
-        dtype = np.float16 if encoder.scale_dtype == "float16" else np.float32
-        blocks = weights // encoder.block_size
-        found = _works[encoder] = _Work(
-            BlockQuantizer(encoder.bits, encoder.block_size, encoder.symmetric, dtype),
-            np.empty(weights * encoder.bits // 8, np.uint8),
-            np.empty(blocks, dtype),
-            np.empty(blocks, np.uint8),
-        )
-    return found

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import to_float32
-from toolkit.quantize.blockwise import STEP_WEIGHTS, BlockQuantizer, pack_nibbles
+from toolkit.quantize import mlas
 
 ROWS, COLUMNS = 48, 512
 Floats = NDArray[np.float32]
@@ -24,6 +24,8 @@ def make_weights(seed: int = 0) -> Floats:
     weights[3, ::2], weights[3, 1::2] = 0.5, -0.5  # opposite extremes: the negative one counts
     weights[4, ::2], weights[4, 1::2] = -0.25, 0.25
     weights[5] *= 1e-6  # float16 subnormal scales
+    weights[6] *= np.random.default_rng(seed + 1).choice([0.0, -0.0, 1.0], COLUMNS)
+    weights[7] = np.where(np.arange(COLUMNS) % 2, 0.0, -0.0)
     return weights
 
 
@@ -50,6 +52,7 @@ def quantize_with_mlas(
     return codes.reshape(-1), scales, points
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("scale_dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -64,27 +67,12 @@ def test_every_scheme_equals_mlas_bit_for_bit(
     codes = np.empty(raw.size * bits // 8, np.uint8)
     scales = np.empty(blocks, scale_dtype)
     points = np.empty(blocks, np.uint8)
-    quantizer = BlockQuantizer(bits, block, symmetric, scale_dtype)
-    quantizer.quantize(raw.reshape(-1), codes, scales, None if symmetric else points)
+    mlas.quantize(raw, bits, block, codes, scales, None if symmetric else points)
     np.testing.assert_array_equal(scales, expected[1])
     np.testing.assert_array_equal(codes, expected[0])
     if not symmetric:
-        found = points.reshape(ROWS, -1)
-        np.testing.assert_array_equal(pack_nibbles(found) if bits == 4 else found, expected[2])
-
-
-def test_runs_longer_than_a_step_equal_their_parts() -> None:
-    """A run of several steps, the last one short, gives what its blocks give one by one."""
-    random = np.random.default_rng(1)
-    weights = random.standard_normal(2 * STEP_WEIGHTS + 96).astype(np.float32)
-    raw = as_raw(weights, "bf16")
-    codes, scales = np.empty(raw.size // 2, np.uint8), np.empty(raw.size // 32, np.float32)
-    BlockQuantizer(4, 32).quantize(raw, codes, scales, None)
-    for start in (0, STEP_WEIGHTS - 32, STEP_WEIGHTS, 2 * STEP_WEIGHTS + 64):
-        part_codes, part_scale = np.empty(16, np.uint8), np.empty(1, np.float32)
-        BlockQuantizer(4, 32).quantize(raw[start : start + 32], part_codes, part_scale, None)
-        np.testing.assert_array_equal(codes[start // 2 : start // 2 + 16], part_codes)
-        assert scales[start // 32] == part_scale[0]
+        packed = mlas.pack_zero_points(points.reshape(ROWS, -1), bits)
+        np.testing.assert_array_equal(packed, expected[2])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -95,19 +83,16 @@ def test_a_weight_that_is_not_finite_is_refused(bad: float, dtype: str, symmetri
     weights[37] = bad
     scales, points = np.empty(2, np.float32), np.empty(2, np.uint8)
     with pytest.raises(ValueError, match="not finite"):
-        BlockQuantizer(4, 32, symmetric).quantize(
-            as_raw(weights, dtype), np.empty(32, np.uint8), scales, None if symmetric else points
-        )
+        raw, codes = as_raw(weights, dtype), np.empty(32, np.uint8)
+        mlas.quantize(raw, 4, 32, codes, scales, None if symmetric else points)
 
 
 def test_a_weight_beyond_float16_is_refused_when_scales_are_float16() -> None:
     weights = np.full(32, 1e6, np.float32)
     with pytest.raises(ValueError, match="not finite"):
-        BlockQuantizer(4, 32, True, np.float16).quantize(
-            weights, np.empty(16, np.uint8), np.empty(1, np.float16), None
-        )
+        mlas.quantize(weights, 4, 32, np.empty(16, np.uint8), np.empty(1, np.float16), None)
 
 
-def test_odd_counts_of_nibbles_fill_a_whole_byte() -> None:
-    packed = pack_nibbles(np.array([[1, 2, 3]], np.uint8))
+def test_odd_counts_of_zero_points_fill_a_whole_byte() -> None:
+    packed = mlas.pack_zero_points(np.array([[1, 2, 3]], np.uint8), 4)
     np.testing.assert_array_equal(packed, [[0x21, 0x03]])
