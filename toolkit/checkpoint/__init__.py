@@ -84,7 +84,7 @@ class Checkpoint:
         path = self.folder / "tokenizer_config.json"
         return read_json(path) if path.is_file() else {}
 
-    @property
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Every id that ends generation: generation_config.json first, then config.json.
 
@@ -98,14 +98,15 @@ class Checkpoint:
         return tuple(dict.fromkeys([*ids, *self._added_ids(END_OF_TURN)]))
 
     def _added_ids(self, content: str) -> list[int]:
-        """Ids of an added token by its text, from tokenizer_config.json."""
-        added = self.tokenizer_config.get("added_tokens_decoder") or {}
+        """Ids of an added token by its text, from tokenizer.json; none when there is no file."""
+        path = self.folder / "tokenizer.json"
+        added = read_json(path).get("added_tokens") or () if path.is_file() else ()
         try:
-            return [int(i) for i, token in added.items() if token["content"] == content]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return [int(token["id"]) for token in added if token["content"] == content]
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.folder / 'tokenizer_config.json'}: added_tokens_decoder: "
-                f"damaged ({error!r}); allowed a mapping of ids to tokens with their content"
+                f"{path}: added_tokens: damaged ({error!r}); allowed a list of tokens with id and "
+                "content"
             ) from error
 
     def special_id(self, key: str) -> int | None:

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from toolkit.artifact import Chat
-from toolkit.checkpoint import END_OF_TURN, Checkpoint
+from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import read_json
 from toolkit.errors import CheckpointError, UnsupportedError
 from toolkit.quality.tokens import read_tokenizer
@@ -56,7 +56,7 @@ def read_chat(checkpoint: Checkpoint) -> Chat:
     template = _Template.read(checkpoint)
     turns, generation, has_bos = _derive(template)
     bos_id = tokenizer.token_to_id(template.bos) if has_bos else None
-    stop_ids = _stop_ids(checkpoint, tokenizer)
+    stop_ids = checkpoint.stop_ids
     added = tokenizer.get_added_tokens_decoder()
     chat = Chat(
         turns=turns,
@@ -218,13 +218,6 @@ def _between(template: _Template, role: str, next_role: str) -> str | None:
     if FIRST not in text or SECOND not in text:
         return None
     return text.partition(FIRST)[2].partition(SECOND)[0]
-
-
-def _stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The checkpoint's stop ids and the token that ends a turn of the family's chat."""
-    end_id = tokenizer.token_to_id(END_OF_TURN)
-    extra = () if end_id is None or end_id in checkpoint.stop_ids else (end_id,)
-    return checkpoint.stop_ids + extra
 
 
 def _verify(template: _Template, chat: Chat) -> None:
