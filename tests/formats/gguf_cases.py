@@ -15,7 +15,7 @@ from toolkit.decoder import Decoder
 from toolkit.families import read_decoder
 from toolkit.formats.gguf.recipe import GgufQuantization, GgufRecipe
 
-PRECISIONS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+PRECISIONS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q4_0")
 
 # What each case changes in the config of the variant "mha".
 SHAPES: Mapping[str, Mapping[str, Any]] = {
@@ -85,8 +85,13 @@ class Artifacts:
 
 
 def make_recipe(precision: str, model: str = "phi-3-test") -> GgufRecipe:
-    """A recipe of one precision."""
-    quantization = GgufQuantization(precision=precision)  # type: ignore[arg-type]
+    """A recipe of one precision; `a+b` has embedding and head in type b."""
+    base, _, ends = precision.partition("+")
+    quantization = GgufQuantization(
+        precision=base,  # type: ignore[arg-type]
+        embedding=ends or None,  # type: ignore[arg-type]
+        head=ends or None,  # type: ignore[arg-type]
+    )
     return GgufRecipe(name=f"x-gguf-{precision}", model=model, title="x", quantization=quantization)
 
 

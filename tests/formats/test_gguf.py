@@ -22,7 +22,6 @@ from toolkit.formats.gguf import q4_0
 from toolkit.formats.gguf.encoder import LARGEST_HALF, GgmlEncoder
 from toolkit.formats.gguf.ggml import load_library
 from toolkit.formats.gguf.mix import BLOCKS, GgmlType, choose_types
-from toolkit.formats.gguf.recipe import Precision
 
 EXPECTED = json.loads(GOLDEN.read_text("utf-8"))
 
@@ -196,10 +195,10 @@ def test_weights_beyond_float16_are_refused(kind: GgmlType, dtype: str, tmp_path
     "case", ["gqa", "longrope", "partial_rotary_tied", "narrow", "narrow_tied"]
 )
 def test_reading_back_keeps_every_weight_within_its_bound(
-    case: str, precision: Precision, cases: Artifacts
+    case: str, precision: str, cases: Artifacts
 ) -> None:
     written = cases.get(case, precision)
-    types = choose_types(precision, written.decoder)
+    types = choose_types(make_recipe(precision).quantization, written.decoder)
     names = []
     for name, weights in gguf.dequantize(written.folder, written.decoder):
         names.append(name)
@@ -233,6 +232,13 @@ def bound_error(kind: GgmlType, source: NDArray[np.float32]) -> NDArray[np.float
         # error against the others', by less than half a step.
         own = spread(source, 16, lambda block: _largest(block) / 32)
         return own + spread(source, 256, lambda block: _largest(block) / 254)
+    if kind in (GgmlType.IQ4_NL, GgmlType.IQ4_XS):
+        # Codes are -127 .. 113, 24 apart at most; the searched scale may clip the extremes by as
+        # much. IQ4_XS: scales of 32 are 6 bit parts of the largest of 256.
+        own = spread(source, 32, lambda block: _largest(block) * (24 / 127 + half))
+        if kind == GgmlType.IQ4_NL:
+            return own
+        return own + spread(source, 256, lambda block: _largest(block) / 64)
     # Scale and minimum of 32 are 6 bit parts of the largest of 256; searched, as above.
     top = 15 if kind == GgmlType.Q4_K else 31
     own = spread(source, 32, lambda block: _range(block) / top)
@@ -295,8 +301,10 @@ def test_nothing_is_built_of_weights_that_are_not_finite(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "precision", "message"),
     [
-        ({"hidden_size": 240, "num_attention_heads": 3}, "q4_0", "hidden_size 240"),
-        ({"intermediate_size": 500}, "q6_k", "intermediate_size 500"),
+        ({"hidden_size": 240, "num_attention_heads": 3}, "q4_0", "q4_0 .* rows of 240"),
+        ({"intermediate_size": 500}, "q6_k", "q8_0 .*down_proj.weight has rows of 500"),
+        ({"hidden_size": 192, "num_attention_heads": 3}, "q4_0+q4_k", "q4_k .*embed.* of 192"),
+        ({"tie_word_embeddings": True}, "q4_0+q8_0", "set quantization.head alone"),
         ({"head_dim": 32}, "f16", "4 x 32 and 256"),
     ],
 )

@@ -22,9 +22,11 @@ from tests.formats.gguf_cases import CASES, write_case
 
 GOLDEN = Path(__file__).with_name("gguf.json")
 CONVERTED = ("bf16", "f16")
-QUANTIZED = ("q4_0", "q8_0", "q4_k_m", "q5_k_m", "q6_k")
+QUANTIZED = ("q4_0", "q8_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs")
 # A deep checkpoint is there for the mixes alone.
-MIXES = ("q4_k_m", "q5_k_m")
+MIXES = ("q4_k_m", "q5_k_m", "iq4_xs")
+# Embedding and head in a type of their own.
+WITH_ENDS = {"mha": ("q4_k_m+q8_0", "q4_0+iq4_nl", "iq4_xs+q4_k")}
 # Cases whose metadata is kept: plain, LongRoPE, window.
 WITH_METADATA = ("mha", "longrope_gqa", "window")
 
@@ -87,9 +89,12 @@ def main() -> None:
                 tensors[precision] = digest_tensors(out)
             if case in WITH_METADATA:
                 golden["metadata"][case] = read_metadata(out)
-            for precision in QUANTIZED:
+            for precision in (*QUANTIZED, *WITH_ENDS.get(case, ())):
                 out = Path(temporary) / f"{case}-{precision}.gguf"
-                run(quantize, Path(temporary) / f"{case}-bf16.gguf", out, precision.upper(), 1)
+                base, _, ends = precision.upper().partition("+")
+                both = ["--token-embedding-type", ends, "--output-tensor-type", ends]
+                run(quantize, *(both if ends else ()), Path(temporary) / f"{case}-bf16.gguf",
+                    out, base, 1)  # fmt: skip
                 tensors[precision] = digest_tensors(out)
             kept = MIXES if case == "deep" else tensors
             golden["tensors"][case] = {precision: tensors[precision] for precision in kept}

@@ -12,7 +12,7 @@ from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
 from toolkit.formats.gguf import header, layout, reader
-from toolkit.formats.gguf.mix import BASE_TYPES, UNQUANTIZED, find_fallbacks
+from toolkit.formats.gguf.mix import choose_types, find_fallbacks
 from toolkit.formats.gguf.ollama import write_modelfile
 from toolkit.formats.gguf.recipe import GgufRecipe
 from toolkit.formats.gguf.session import GgufSession
@@ -22,7 +22,6 @@ from toolkit.stream import DataFile
 
 RECIPE = GgufRecipe
 PACKAGES = ("gguf", "sentencepiece", "xllamacpp")
-MULTIPLE = 32  # the smallest block
 CONTEXT_MULTIPLE = 256  # llama.cpp rounds the context up to it
 CACHE_BYTES = 2  # keys and values in float16
 # Resident beside weights and cache, generating: 46 MB with the example, 105 MB with the shape of
@@ -33,14 +32,19 @@ OVERHEAD_BYTES = 150_000_000
 def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     """PlanError when rows hold no whole blocks, or llama.cpp's phi3 lacks a feature."""
     recipe = cast(GgufRecipe, recipe)
-    precision = recipe.quantization.precision
-    rows = {"hidden_size": decoder.hidden, "intermediate_size": decoder.intermediate}
-    for name, columns in rows.items():
-        if BASE_TYPES[precision] not in UNQUANTIZED and columns % MULTIPLE:
+    shapes = decoder.shapes()
+    for name, kind in choose_types(recipe.quantization, decoder).items():
+        if shapes[name][-1] % kind.block_weights:
             raise PlanError(
-                f"{recipe.name}: quantization.precision: {precision} needs rows that are multiples "
-                f"of {MULTIPLE}; this model has {name} {columns}; allowed f16, bf16"
+                f"{recipe.name}: quantization: {kind.name.lower()} needs rows that are multiples "
+                f"of {kind.block_weights}; {name} has rows of {shapes[name][-1]}; "
+                "allowed f16, bf16"
             )
+    if decoder.is_tied and recipe.quantization.embedding:
+        raise PlanError(
+            f"{recipe.name}: quantization.embedding: this model's head is its embedding; "
+            "set quantization.head alone"
+        )
     if decoder.heads * decoder.head_dim != decoder.hidden:
         raise PlanError(
             f"{recipe.name}: llama.cpp's phi3 needs heads x head_dim = hidden_size; this model has "
@@ -123,7 +127,7 @@ def _valid_context(decoder: Decoder, context_length: int) -> tuple[tuple[int, in
 
 def _fallback_notes(recipe: GgufRecipe, decoder: Decoder) -> list[str]:
     """Say where rows are no multiple of 256."""
-    found = find_fallbacks(recipe.quantization.precision, decoder)
+    found = find_fallbacks(recipe.quantization, decoder)
     if not found:
         return []
     kinds = ", ".join(sorted({kind.name for kind in found.values()}))

@@ -34,7 +34,7 @@ class Stored:
 
 def place(recipe: GgufRecipe, decoder: Decoder) -> tuple[list[Stored], int]:
     """Every tensor in the order it lies, LongRoPE's factors first; and the data's size in bytes."""
-    types = choose_types(recipe.quantization.precision, decoder)
+    types = choose_types(recipe.quantization, decoder)
     shapes = decoder.shapes()
     factors = (len(decoder.rope.long_factors),)
     entries: list[tuple[str, GgmlType, tuple[int, ...]]]

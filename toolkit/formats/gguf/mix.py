@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 
 from toolkit.decoder import Decoder
-from toolkit.formats.gguf.recipe import Precision
+from toolkit.formats.gguf.recipe import GgufQuantization, Precision
 
 
 class GgmlType(IntEnum):
@@ -24,6 +24,8 @@ class GgmlType(IntEnum):
     Q4_K = 12
     Q5_K = 13
     Q6_K = 14
+    IQ4_NL = 20
+    IQ4_XS = 23
     BF16 = 30
 
     @property
@@ -49,8 +51,11 @@ BLOCKS = {
     GgmlType.Q4_K: (256, 144),
     GgmlType.Q5_K: (256, 176),
     GgmlType.Q6_K: (256, 210),
+    GgmlType.IQ4_NL: (32, 18),
+    GgmlType.IQ4_XS: (256, 136),
 }
 BASE_TYPES: dict[Precision, GgmlType] = {
+    "iq4_xs": GgmlType.IQ4_XS,
     "f16": GgmlType.F16,
     "bf16": GgmlType.BF16,
     "q4_0": GgmlType.Q4_0,
@@ -67,43 +72,65 @@ FILE_TYPES: dict[Precision, int] = {
     "q4_k_m": 15,
     "q5_k_m": 17,
     "q6_k": 18,
+    "iq4_xs": 30,
     "bf16": 32,
 }
 UNQUANTIZED = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
 # Where a row is no multiple of 256
 SMALL_BLOCK = {
+    GgmlType.IQ4_XS: GgmlType.IQ4_NL,
     GgmlType.Q4_K: GgmlType.Q5_0,
     GgmlType.Q5_K: GgmlType.Q5_1,
     GgmlType.Q6_K: GgmlType.Q8_0,
 }
 
 
-def choose_types(precision: Precision, decoder: Decoder) -> dict[str, GgmlType]:
+def choose_types(settings: GgufQuantization, decoder: Decoder) -> dict[str, GgmlType]:
     """Type of every tensor, by checkpoint name; rows must be multiples of 32 to be quantized."""
-    return _wanted_types(precision, decoder) | find_fallbacks(precision, decoder)
+    return _wanted_types(settings, decoder) | find_fallbacks(settings, decoder)
 
 
-def find_fallbacks(precision: Precision, decoder: Decoder) -> dict[str, GgmlType]:
-    """Tensors whose rows are no multiple of 256, and the type with smaller blocks they get."""
-    shapes = decoder.shapes()
+def find_fallbacks(settings: GgufQuantization, decoder: Decoder) -> dict[str, GgmlType]:
+    """Tensors whose rows are no multiple of 256, and the type with smaller blocks they get.
+
+    What the recipe names itself has no fallback.
+    """
+    shapes, chosen = decoder.shapes(), _chosen_types(settings, decoder)
     return {
         name: SMALL_BLOCK[kind]
-        for name, kind in _wanted_types(precision, decoder).items()
-        if kind in SMALL_BLOCK and shapes[name][-1] % kind.block_weights
+        for name, kind in _wanted_types(settings, decoder).items()
+        if kind in SMALL_BLOCK and shapes[name][-1] % kind.block_weights and name not in chosen
     }
 
 
-def _wanted_types(precision: Precision, decoder: Decoder) -> dict[str, GgmlType]:
-    base, names, layers = BASE_TYPES[precision], decoder.names, decoder.layers
-    shapes = decoder.shapes()
+def _wanted_types(settings: GgufQuantization, decoder: Decoder) -> dict[str, GgmlType]:
+    base, shapes = BASE_TYPES[settings.precision], decoder.shapes()
     wanted = {name: base if len(shape) > 1 else GgmlType.F32 for name, shape in shapes.items()}
+    wanted |= _sensitive_types(settings.precision, decoder)
     if base not in (*UNQUANTIZED, GgmlType.Q8_0):
         wanted[decoder.head_name] = GgmlType.Q6_K
+    return wanted | _chosen_types(settings, decoder)
+
+
+def _chosen_types(settings: GgufQuantization, decoder: Decoder) -> dict[str, GgmlType]:
+    """Embedding and head where the recipe names their types."""
+    chosen = {decoder.names.embedding: settings.embedding, decoder.head_name: settings.head}
+    return {name: GgmlType[kind.upper()] for name, kind in chosen.items() if kind}
+
+
+def _sensitive_types(precision: Precision, decoder: Decoder) -> dict[str, GgmlType]:
+    """What a mix stores in more bits than the rest."""
+    names, layers = decoder.names, decoder.layers
+    found: dict[str, GgmlType] = {}
     if precision in ("q4_k_m", "q5_k_m"):
         for layer in _sensitive_layers(layers):
-            wanted[names.qkv.format(layer)] = GgmlType.Q6_K
-            wanted[names.down.format(layer)] = GgmlType.Q6_K
-    return wanted
+            found[names.qkv.format(layer)] = GgmlType.Q6_K
+            found[names.down.format(layer)] = GgmlType.Q6_K
+    if precision == "iq4_xs":
+        found = {names.down.format(layer): GgmlType.Q5_K for layer in range(layers // 8)}
+        if decoder.heads // decoder.kv_heads >= 4:
+            found |= {names.qkv.format(layer): GgmlType.Q5_K for layer in range(layers)}
+    return found
 
 
 def _sensitive_layers(layers: int) -> Iterator[int]:

@@ -6,13 +6,20 @@ import msgspec
 
 from toolkit.recipe import Recipe
 
-Precision = Literal["q4_0", "q8_0", "q4_k_m", "q5_k_m", "q6_k", "f16", "bf16"]
+Precision = Literal["iq4_xs", "q4_0", "q8_0", "q4_k_m", "q5_k_m", "q6_k", "f16", "bf16"]
+TensorType = Literal["iq4_nl", "q4_0", "q8_0", "q4_k", "q5_k", "q6_k", "f16", "bf16"]
 
 
 class GgufQuantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How weights are stored: the mixes of llama-quantize by their names, in lower case."""
+    """How weights are stored: the mixes of llama-quantize by their names, in lower case.
+
+    `embedding` and `head` replace the mix's own choice for these two tensors; a tied embedding is
+    the head.
+    """
 
     precision: Precision
+    embedding: TensorType | None = None
+    head: TensorType | None = None
 
 
 class GgufRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="gguf"):

@@ -29,23 +29,33 @@ OVERHEAD_BYTES = {"cpu": 250_000_000, "cuda": 900_000_000}
 def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     """PlanError when a row is no multiple of the block, or the rotary width does not suit."""
     recipe = cast(OnnxRecipe, recipe)
-    size = recipe.quantization.block_size
-    for name, columns in (
-        ("hidden_size", decoder.hidden),
-        ("intermediate_size", decoder.intermediate),
-        ("heads x head_dim", decoder.heads * decoder.head_dim),
-    ):
-        if recipe.is_quantized and columns % size:
-            fits = [str(n) for n in (16, 32, 64, 128, 256) if columns % n == 0]
-            raise PlanError(
-                f"{recipe.name}: quantization.block_size: {size} does not divide {name} {columns}; "
-                f"allowed {', '.join(fits) or 'none (use fp16 or fp32)'}"
-            )
+    _check_blocks(recipe, decoder)
+    head, io_dtype = recipe.quantization.head, recipe.io_dtype
+    if recipe.linear_bits and head in layout.FLOATS and layout.FLOATS[head] != io_dtype:
+        raise PlanError(
+            f"{recipe.name}: quantization.head: got {head}; activations are {io_dtype} here; "
+            f"allowed int4, int8, {'fp16' if io_dtype == 'float16' else 'fp32'}"
+        )
     if decoder.rope.rotary_dim % ROTARY_MULTIPLE:
         raise PlanError(
             f"{recipe.name}: onnxruntime takes rotary widths that are multiples of "
             f"{ROTARY_MULTIPLE}; this model has {decoder.rope.rotary_dim}"
         )
+
+
+def _check_blocks(recipe: OnnxRecipe, decoder: Decoder) -> None:
+    size = recipe.quantization.block_size
+    for name, columns, bits in (
+        ("hidden_size", decoder.hidden, recipe.linear_bits or recipe.embedding_bits),
+        ("intermediate_size", decoder.intermediate, recipe.linear_bits),
+        ("heads x head_dim", decoder.heads * decoder.head_dim, recipe.linear_bits),
+    ):
+        if bits and columns % size:
+            fits = [str(n) for n in (16, 32, 64, 128, 256) if columns % n == 0]
+            raise PlanError(
+                f"{recipe.name}: quantization.block_size: {size} does not divide {name} {columns}; "
+                f"allowed {', '.join(fits) or 'none (use fp16 or fp32)'}"
+            )
 
 
 def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:

@@ -10,7 +10,7 @@ from typing import Any
 
 from toolkit.decoder import Decoder
 from toolkit.errors import require
-from toolkit.formats.onnx.layout import DATA_FILE, Layout, Stored, rope_rows
+from toolkit.formats.onnx.layout import DATA_FILE, EMBEDDING, Layout, Stored, rope_rows
 
 MICROSOFT = "com.microsoft"
 IR_VERSION = 10
@@ -102,8 +102,7 @@ def _add_decoder(graph: _Graph) -> None:
         normed, residual = _add_norm(graph, f"{prefix}.post_attention_layernorm", residual, branch)
         branch = _add_mlp(graph, f"{prefix}.mlp", normed)
     normed, _ = _add_norm(graph, "model.norm", residual, branch)
-    head_bits = graph.layout.recipe.quantization.head_bits
-    _add_linear(graph, "lm_head", normed, head_bits, output="logits")
+    _add_linear(graph, "lm_head", normed, graph.layout.recipe.head_bits, output="logits")
 
 
 @dataclass(frozen=True)
@@ -150,12 +149,18 @@ def _add_rope(graph: _Graph, total: str) -> tuple[str, str]:
 
 
 def _add_embedding(graph: _Graph) -> str:
-    name = "model.embed_tokens.weight"
-    rows = graph.add("Gather", [name, "input_ids"], "/embed/gather")
-    io_dtype = graph.layout.recipe.io_dtype
-    if graph.layout.stored[name].dtype == io_dtype:
+    recipe, stored, node = graph.layout.recipe, graph.layout.stored, "/embed/gather"
+    if bits := recipe.embedding_bits:
+        parts = (f"_Q{bits}", "_scales", "_zero_points")
+        codes, *rest = [EMBEDDING + part for part in parts if EMBEDDING + part in stored]
+        return graph.add(
+            "GatherBlockQuantized", [codes, "input_ids", *rest], node, MICROSOFT,
+            bits=bits, block_size=recipe.quantization.block_size, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+    rows = graph.add("Gather", [EMBEDDING, "input_ids"], node)
+    if stored[EMBEDDING].dtype == recipe.io_dtype:
         return rows
-    return graph.add("Cast", [rows], "/embed/cast", to=graph.elem(io_dtype))
+    return graph.add("Cast", [rows], "/embed/cast", to=graph.elem(recipe.io_dtype))
 
 
 def _add_norm(graph: _Graph, name: str, residual: str, branch: str) -> tuple[str, str]:
@@ -175,11 +180,11 @@ def _add_norm(graph: _Graph, name: str, residual: str, branch: str) -> tuple[str
     return normed, outputs[-1]
 
 
-def _add_linear(graph: _Graph, name: str, value: str, bits: int = 4, output: str = "") -> str:
+def _add_linear(graph: _Graph, name: str, value: str, bits: int, output: str = "") -> str:
     recipe, stored = graph.layout.recipe, graph.layout.stored
     node = f"/{name.replace('.', '/')}"
     output = output or f"{node}/output"
-    if not recipe.is_quantized:
+    if not bits:
         return graph.add_many("MatMul", [value, f"{name}.weight"], node, [output])
     codes = stored[f"{name}.weight_Q{bits}"]
     rows, blocks, _ = codes.shape
@@ -199,7 +204,8 @@ def _add_attention(
     graph: _Graph, layer: int, value: str, lengths: _Lengths, cos: str, sin: str
 ) -> str:
     decoder, prefix = graph.decoder, f"model.layers.{layer}.attn"
-    qkv = _add_linear(graph, f"{prefix}.qkv_proj", value)
+    bits = graph.layout.recipe.linear_bits
+    qkv = _add_linear(graph, f"{prefix}.qkv_proj", value, bits)
     node = f"/model/layers/{layer}/attn/gqa"
     past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
     present = [f"present.{layer}.{part}" for part in ("key", "value")]
@@ -216,17 +222,17 @@ def _add_attention(
         do_rotary=1,
         rotary_interleaved=0,
     )
-    return _add_linear(graph, f"{prefix}.o_proj", attended)
+    return _add_linear(graph, f"{prefix}.o_proj", attended, bits)
 
 
 def _add_mlp(graph: _Graph, prefix: str, value: str) -> str:
-    node = f"/{prefix.replace('.', '/')}"
-    gate = _add_linear(graph, f"{prefix}.gate_proj", value)
-    up = _add_linear(graph, f"{prefix}.up_proj", value)
+    node, bits = f"/{prefix.replace('.', '/')}", graph.layout.recipe.linear_bits
+    gate = _add_linear(graph, f"{prefix}.gate_proj", value, bits)
+    up = _add_linear(graph, f"{prefix}.up_proj", value, bits)
     sigmoid = graph.add("Sigmoid", [gate], f"{node}/sigmoid")
     silu = graph.add("Mul", [gate, sigmoid], f"{node}/silu")
     gated = graph.add("Mul", [silu, up], f"{node}/gated")
-    return _add_linear(graph, f"{prefix}.down_proj", gated)
+    return _add_linear(graph, f"{prefix}.down_proj", gated, bits)
 
 
 def _inputs(graph: _Graph) -> list[Any]:

@@ -1,6 +1,6 @@
 """Where every tensor lies in model.onnx.data; computed from shapes alone."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -16,6 +16,8 @@ from toolkit.stream import Constant, DataFile, Encoder, Piece
 DATA_FILE = "model.onnx.data"
 PAGE_BYTES = 4096  # tensors of a page and more are aligned to it, so that they can be mapped
 SMALL_ALIGN_BYTES = 64
+EMBEDDING = "model.embed_tokens.weight"
+FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ROPE_STEP = 4096  # rows a step, to bound memory
 
 
@@ -68,24 +70,41 @@ class Layout:
     def add_linear(
         self, name: str, source: str, start: int, rows: int, columns: int, bits: int
     ) -> None:
-        """Rows of an [out, in] matrix: blocks for MatMulNBits, or transposed for MatMul."""
-        if not self.recipe.is_quantized:
-            dtype = self.recipe.io_dtype
-            offset = self.place(name, dtype, (columns, rows))
-            self._fill(source, start, rows, columns, Transposed(dtype, rows), (offset,))
+        """Rows of an [out, in] matrix: blocks for MatMulNBits, with 0 bits transposed for MatMul."""
+        if bits:
+            shape = (rows, columns // self.recipe.quantization.block_size, -1)
+            self.add_blocks(name, source, start, shape, bits)
             return
-        quantization = self.recipe.quantization
+        dtype = self.recipe.io_dtype
+        offset = self.place(name, dtype, (columns, rows))
+        columns_of = Transposed(dtype, rows)
+        self._fill(source, start, rows, columns, columns_of, (offset,))
+
+    def add_blocks(
+        self, name: str, source: str, start: int, shape: tuple[int, ...], bits: int
+    ) -> None:
+        """Codes of `shape` (rows first, -1 for the rest), scales and, if any, zero points."""
+        columns = self.decoder.shapes()[source][-1]
+        quantization, rows = self.recipe.quantization, shape[0]
         size, scale_dtype = quantization.block_size, self.recipe.io_dtype
         blocks = columns // size
+        rest = rows * columns * bits // 8 // prod(shape[:-1])
         offsets = [
-            self.place(f"{name}_Q{bits}", "uint8", (rows, blocks, size * bits // 8)),
+            self.place(f"{name}_Q{bits}", "uint8", (*shape[:-1], rest)),
             self.place(f"{name}_scales", scale_dtype, (rows, blocks)),
         ]
         if not quantization.symmetric:
-            shape = (rows, (blocks * bits + 7) // 8)
-            offsets.append(self.place(f"{name}_zero_points", "uint8", shape))
+            packed = (rows, (blocks * bits + 7) // 8)
+            offsets.append(self.place(f"{name}_zero_points", "uint8", packed))
         encoder = Blocks(bits, size, quantization.symmetric, scale_dtype)
         self._fill(source, start, rows, columns, encoder, tuple(offsets))
+
+    def share_blocks(self, name: str, other: str, shape: tuple[int, ...], bits: int) -> None:
+        """The bytes of `other` once more under `name`, the codes in another shape."""
+        for part in (f"_Q{bits}", "_scales", "_zero_points"):
+            if found := self.stored.get(other + part):
+                dims = shape if part.startswith("_Q") else found.shape
+                self.stored[name + part] = replace(found, name=name + part, shape=dims)
 
     def add_computed(self, name: str, dtype: str, shape: tuple[int, ...], make: Any) -> None:
         """A small array that `make` computes when it is written."""
@@ -101,18 +120,34 @@ class Layout:
 def lay_out(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> Layout:
     """Place every tensor of the decoder, in order of use."""
     layout = Layout(recipe, decoder, context_length)
-    names, quantization = decoder.names, recipe.quantization
-    embedding = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[quantization.embedding]
-    layout.add_plain("model.embed_tokens.weight", names.embedding, embedding)
+    names = decoder.names
+    _add_embedding(layout)
     _add_rope(layout)
     for layer in range(decoder.layers):
         _add_layer(layout, layer)
     layout.add_plain("model.norm.weight", names.final_norm, recipe.io_dtype)
-    layout.add_linear(
-        "lm_head.weight", decoder.head_name, 0, decoder.vocab, decoder.hidden,
-        quantization.head_bits,
-    )  # fmt: skip
+    _add_head(layout)
     return layout
+
+
+def _add_embedding(layout: Layout) -> None:
+    recipe, decoder = layout.recipe, layout.decoder
+    source = decoder.names.embedding
+    if recipe.embedding_bits:
+        layout.add_blocks(EMBEDDING, source, 0, (decoder.vocab, -1), recipe.embedding_bits)
+    else:
+        layout.add_plain(EMBEDDING, source, FLOATS[recipe.quantization.embedding])
+
+
+def _add_head(layout: Layout) -> None:
+    """The head's blocks; those of a tied embedding of the same bits are not stored twice."""
+    recipe, decoder = layout.recipe, layout.decoder
+    bits, size = recipe.head_bits, recipe.quantization.block_size
+    if bits and decoder.is_tied and bits == recipe.embedding_bits:
+        shape = (decoder.vocab, decoder.hidden // size, size * bits // 8)
+        layout.share_blocks("lm_head.weight", EMBEDDING, shape, bits)
+        return
+    layout.add_linear("lm_head.weight", decoder.head_name, 0, decoder.vocab, decoder.hidden, bits)
 
 
 def _add_layer(layout: Layout, layer: int) -> None:
@@ -131,7 +166,8 @@ def _add_layer(layout: Layout, layer: int) -> None:
         ("mlp.up_proj", gate_up, inner, inner, hidden),
         ("mlp.down_proj", names.down.format(layer), 0, hidden, inner),
     ):
-        layout.add_linear(f"{prefix}.{name}.weight", source, start, rows, columns, 4)
+        bits = layout.recipe.linear_bits
+        layout.add_linear(f"{prefix}.{name}.weight", source, start, rows, columns, bits)
     layout.add_plain(
         f"{prefix}.post_attention_layernorm.weight", names.mlp_norm.format(layer), io_dtype
     )

@@ -15,7 +15,7 @@ def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np
     """Yield (checkpoint name, float32 weights) for every tensor of the decoder."""
     weights = _Weights(folder)
     names = decoder.names
-    yield names.embedding, weights.plain("model.embed_tokens.weight")
+    yield names.embedding, weights.embedding()
     for layer in range(decoder.layers):
         prefix = f"model.layers.{layer}"
         yield names.attention_norm.format(layer), weights.plain(f"{prefix}.input_layernorm.weight")
@@ -36,7 +36,7 @@ def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np
 
 
 class _Weights:
-    """Initializers by name, read one at a time; MatMulNBits nodes say how each is coded."""
+    """Initializers by name, read one at a time; nodes say how each is coded."""
 
     def __init__(self, folder: Path) -> None:
         self._onnx = require("onnx")
@@ -49,21 +49,33 @@ class _Weights:
         """A float tensor as float32."""
         return self._array(name).astype(np.float32)
 
+    def embedding(self) -> NDArray[np.float32]:
+        """The embedding, plain or in blocks."""
+        node = self._nodes["/embed/gather"]
+        if node.op_type == "Gather":
+            return self.plain(node.input[0])
+        return self._blocks(node, node.input[0], *node.input[2:])
+
     def linear(self, name: str) -> NDArray[np.float32]:
-        """An [out, in] matrix: value = (code - zero point) * scale."""
+        """An [out, in] matrix."""
         node = self._nodes[f"/{name.replace('.', '/')}"]
         if node.op_type == "MatMul":
             return np.ascontiguousarray(self.plain(node.input[1]).T)
+        return self._blocks(node, *node.input[1:])
+
+    def _blocks(
+        self, node: Any, codes: str, scales: str, zero_points: str = ""
+    ) -> NDArray[np.float32]:
+        """[rows, columns]: value = (code - zero point) * scale."""
         bits = next(a.i for a in node.attribute if a.name == "bits")
-        codes = _unpack(self._array(node.input[1]), bits)
-        rows, blocks, _ = codes.shape
-        scales = self.plain(node.input[2]).reshape(rows, blocks, 1)
-        middle = np.float32(1 << (bits - 1))
-        points: Any = middle
-        if len(node.input) > 3:
-            packed = self._array(node.input[3]).reshape(rows, -1)
+        wide_scales = self.plain(scales)[:, :, None]
+        rows, blocks, _ = wide_scales.shape
+        points: Any = np.float32(1 << (bits - 1))
+        if zero_points:
+            packed = self._array(zero_points).reshape(rows, -1)
             points = _unpack(packed, bits)[:, :blocks, None]
-        weights: NDArray[np.float32] = (codes - points) * scales
+        values = _unpack(self._array(codes).reshape(rows, blocks, -1), bits)
+        weights: NDArray[np.float32] = (values - points) * wide_scales
         return weights.reshape(rows, -1)
 
     def _array(self, name: str) -> NDArray[Any]:

@@ -6,20 +6,23 @@ import msgspec
 
 from toolkit.recipe import Recipe
 
+BITS = {"int4": 4, "int8": 8}
+
 
 class OnnxQuantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How weights are stored; the block fields matter for int4 only.
 
     `accuracy_level` 4 lets the CPU kernels multiply in int8; 0 leaves the choice to the runtime.
-    `embedding` bf16 keeps the checkpoint's rows as they are, cast after the look-up.
+    `embedding` bf16 keeps the checkpoint's rows as they are, cast after the look-up; int4 and int8
+    are blocks like the linears'. `head` fp16 or fp32 is the type of the activations, unquantized.
     """
 
     precision: Literal["int4", "fp16", "fp32"]
     block_size: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = True
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
-    head_bits: Literal[4, 8] = 4
-    embedding: Literal["bf16", "fp16", "fp32"] = "bf16"
+    embedding: Literal["int4", "int8", "bf16", "fp16", "fp32"] = "bf16"
+    head: Literal["int4", "int8", "fp16", "fp32"] = "int4"
 
 
 class OnnxRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="onnx"):
@@ -35,6 +38,16 @@ class OnnxRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, 
         return "float16" if is_half else "float32"
 
     @property
-    def is_quantized(self) -> bool:
-        """True for int4."""
-        return self.quantization.precision == "int4"
+    def linear_bits(self) -> int:
+        """Bits of the layers' weights; 0 when they are not quantized."""
+        return BITS.get(self.quantization.precision, 0)
+
+    @property
+    def head_bits(self) -> int:
+        """Bits of the head's weights; 0 when they are not quantized."""
+        return BITS.get(self.quantization.head, 0) if self.linear_bits else 0
+
+    @property
+    def embedding_bits(self) -> int:
+        """Bits of the embedding's weights; 0 when they are not quantized."""
+        return BITS.get(self.quantization.embedding, 0)
