@@ -8,7 +8,12 @@ from a checkpoint in the page cache to an artifact on the disk. Every run is app
 lines file; the table is made of all runs in it (medians), so slow sides can be run once and fast
 ones again (--only, --repeat), and --repeat 0 prints the table of what is there.
 
+A third side, `copy`, reads the checkpoint and writes as many bytes with nothing between
+(bench/copy.py). Of phiship's time, `converting` is the part without sealing and without the gate,
+from its own report.
+
 --builder-python is a Python with onnxruntime-genai (0.18 or newer), torch and transformers;
+--optimum-python one with optimum-intel and nncf; --mlx-python one with mlx-lm (default: this one);
 --llama-cpp is a llama.cpp source folder in which build/bin/llama-quantize is built, and
 --convert-python a Python that runs its convert_hf_to_gguf.py (default: --builder-python).
 """
@@ -17,6 +22,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -28,10 +34,13 @@ from machine import describe_machine, describe_versions
 from measure import CommandError, Cost, measure_bytes, measure_command, read_through
 
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
-SIDES = ("phiship", "vendor")
+SIDES = ("phiship", "vendor", "copy")
 
 # Commands; words in braces are filled in by `fill`.
-_PHISHIP = "{phiship} build {recipe} --checkpoint {checkpoint} --out {out} --no-check --workers {n}"
+_PHISHIP = (
+    "{phiship} build {recipe} --checkpoint {checkpoint} --out {out} --no-check --workers {n} --json"
+)
+_COPY = "{python} {bench}/copy.py {checkpoint} {out} {size} {n}"
 _BUILDER = (
     "{builder_python} -m onnxruntime_genai.models.builder -i {checkpoint} -o {out} -p int4 -e cpu"
     " -c {scratch}/cache --extra_options block_size=32 accuracy_level=4"
@@ -39,6 +48,14 @@ _BUILDER = (
 _CONVERT_HF = (
     "{convert_python} {llama_cpp}/convert_hf_to_gguf.py {checkpoint}"
     " --outtype f16 --outfile {scratch}/f16.gguf"
+)
+_OPTIMUM = (
+    "{optimum} export openvino --model {checkpoint} --task text-generation-with-past"
+    " --weight-format int4 --group-size 128 --sym --ratio 1.0 {out}"
+)
+_MLX = (
+    "{mlx_python} -m mlx_lm convert --hf-path {checkpoint} --mlx-path {out} --dtype bfloat16"
+    " -q --q-bits 4 --q-group-size 64"
 )
 _QUANTIZE = "{llama_cpp}/build/bin/llama-quantize {scratch}/f16.gguf {out} {scheme} {n}"
 
@@ -52,11 +69,13 @@ class Comparison:
     scheme: str = ""
 
     def commands(self, side: str) -> tuple[str, ...]:
-        return (_PHISHIP,) if side == "phiship" else self.vendor
+        return {"phiship": (_PHISHIP,), "vendor": self.vendor, "copy": (_COPY,)}[side]
 
 
 COMPARISONS = {
     "onnx-int4": Comparison("phi-3-mini-4k-onnx-cpu-int4", (_BUILDER,)),
+    "openvino-int4": Comparison("phi-3-mini-4k-openvino-int4", (_OPTIMUM,)),
+    "mlx-4bit": Comparison("phi-3-mini-4k-mlx-4bit", (_MLX,)),
     "gguf-q4_0": Comparison("phi-3-mini-4k-gguf-q4_0", (_CONVERT_HF, _QUANTIZE), "Q4_0"),
     "gguf-q4_k_m": Comparison("phi-3-mini-4k-gguf-q4_k_m", (_CONVERT_HF, _QUANTIZE), "Q4_K_M"),
 }
@@ -71,6 +90,7 @@ class Run:
     date: str
     steps: tuple[Cost, ...]
     artifact_bytes: int
+    converting: tuple[float, float] | None = None  # wall and CPU seconds, phiship only
 
     @property
     def total(self) -> Cost:
@@ -87,7 +107,9 @@ class Run:
     @classmethod
     def from_json(cls, line: str) -> "Run":
         fields = json.loads(line)
-        return cls(**{**fields, "steps": tuple(Cost(**step) for step in fields["steps"])})
+        converting = tuple(fields.get("converting") or ()) or None
+        steps = tuple(Cost(**step) for step in fields["steps"])
+        return cls(**{**fields, "steps": steps, "converting": converting})
 
 
 def run_side(name: str, side: str, options: argparse.Namespace) -> Run:
@@ -110,16 +132,34 @@ def run_side(name: str, side: str, options: argparse.Namespace) -> Run:
         for number, template in enumerate(COMPARISONS[name].commands(side), 1)
     )
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    run = Run(name, side, now, steps, measure_bytes(out))
+    converting = (
+        read_converting(options.work / f"{name}-phiship-1.log") if side == SIDES[0] else None
+    )
+    run = Run(name, side, now, steps, measure_bytes(out), converting)
     shutil.rmtree(scratch if options.keep else folder)
     return run
+
+
+def read_converting(log: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of phiship's step `convert`, from its JSON events."""
+    lines = log.read_text("utf-8").splitlines()
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    step = next(event for event in events if event.get("name") == "convert")
+    found = re.search(r"([\d.]+) s of CPU", step["measured"])
+    return step["seconds"], float(found[1]) if found else 0.0
 
 
 def fill(
     template: str, name: str, options: argparse.Namespace, out: Path, scratch: Path
 ) -> list[str]:
     """Return the words of a command; values with spaces stay one word."""
+    optimum = Path(options.optimum_python or "").with_name("optimum-cli")
     values = {
+        "bench": RESULTS.parent,
+        "mlx_python": options.mlx_python,
+        "optimum": optimum,
+        "python": sys.executable,
+        "size": options.sizes.get(name, 0),
         "builder_python": options.builder_python,
         "checkpoint": options.checkpoint,
         "convert_python": options.convert_python or options.builder_python,
@@ -136,7 +176,7 @@ def fill(
 
 def run_all(options: argparse.Namespace) -> int:
     """Run the chosen sides in turn (A B A B), collect the runs, and return how many failed."""
-    sides = [side for side in SIDES if options.only in (None, side)]
+    sides = [side for side in SIDES if side in (options.only or SIDES)]
     order = product(options.comparisons, range(options.repeat), sides)
     return sum(not _try_side(name, side, options) for name, _, side in order)
 
@@ -148,6 +188,8 @@ def _try_side(name: str, side: str, options: argparse.Namespace) -> bool:
     except CommandError as error:
         print(f"{name} {side}: {error}", file=sys.stderr)
         return False
+    if side == SIDES[0]:
+        options.sizes[name] = run.artifact_bytes
     with options.json.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(run)) + "\n")
     print(f"{name} {side}: {run.total.wall_s:.1f} s wall, {run.total.cpu_s:.1f} s CPU", flush=True)
@@ -182,6 +224,15 @@ def render_table(runs: list[Run]) -> str:
         for side, row in rows.items():
             if row:
                 lines.append(f"| {name} | {side} | {_render_row(row)} |")
+        if converting := [
+            run.converting for run in runs if run.comparison == name and run.converting
+        ]:
+            wall_s, cpu_s = (median(column) for column in zip(*converting, strict=True))
+            blanks = " | " * 5
+            lines.append(
+                f"| {name} | phiship: converting | {len(converting)} | {wall_s:.1f} | {cpu_s:.1f} |"
+                f"{blanks}|"
+            )
         if rows["phiship"] and rows["vendor"]:
             pairs = zip(rows["vendor"][1:6], rows["phiship"][1:6], strict=True)
             ratios = " | ".join(f"{v / p:.1f}" if p else "-" for v, p in pairs)
@@ -256,10 +307,12 @@ def parse_options() -> argparse.Namespace:
     add("--checkpoint", type=Path, required=True, help="from bench/make_checkpoint.py, or real")
     add("--work", type=Path, required=True, help="folder for artifacts, scratch files and logs")
     add("--builder-python", help="Python with onnxruntime-genai's model builder")
+    add("--optimum-python", help="Python with optimum-intel and nncf")
+    add("--mlx-python", default=sys.executable, help="Python with mlx-lm (default: this one)")
     add("--convert-python", help="Python for convert_hf_to_gguf.py (default: the builder's)")
     add("--llama-cpp", type=Path, help="llama.cpp folder with build/bin/llama-quantize")
     add("--phiship", default=str(Path(sys.executable).with_name("phiship")))
-    add("--only", choices=SIDES, help="run one side alone")
+    add("--only", action="append", choices=SIDES, help="run this side alone; may be repeated")
     add("--repeat", type=int, default=1, help="runs of each side; 0 prints the table alone")
     add("--workers", type=int, default=2, help="processes or threads of both sides")
     add("--json", type=Path, help="where runs are collected (default: WORK/convert.jsonl)")
@@ -272,15 +325,22 @@ def parse_options() -> argparse.Namespace:
     _check_tools(parser, options)
     options.checkpoint, options.work = options.checkpoint.resolve(), options.work.resolve()
     options.json = options.json or options.work / "convert.jsonl"
+    options.sizes = {}
     return options
 
 
 def _check_tools(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse before the first run what would fail in the last one."""
-    if options.repeat == 0 or options.only == "phiship":
+    sides = options.only or SIDES
+    if options.repeat and "copy" in sides and "phiship" not in sides:
+        parser.error("--only copy writes as much as phiship did: it needs --only phiship too")
+    if options.repeat == 0 or "vendor" not in sides:
         return
-    if not options.builder_python:
+    needs_builder = {"onnx-int4", "gguf-q4_0", "gguf-q4_k_m"} & set(options.comparisons)
+    if needs_builder and not options.builder_python:
         parser.error("--builder-python is missing")
+    if "openvino-int4" in options.comparisons and not options.optimum_python:
+        parser.error("--optimum-python is missing")
     if any(name.startswith("gguf") for name in options.comparisons):
         if not options.llama_cpp:
             parser.error("--llama-cpp is missing")

@@ -33,6 +33,8 @@ def make_parameters(groups: int, rule: Rule) -> tuple[NDArray[np.float32], NDArr
     second = random.choice([8.5, 0.5, 2.0], groups)
     if rule is Rule.SUBTRACT_DIVIDE_ROUND:
         first, second = first * 1e-3, np.where(first > 0, 0.01, -0.25)
+    if rule is Rule.DIVIDE_ADD_ROUND:
+        first = 1 / first
     return first.astype(np.float32), second.astype(np.float32)
 
 
@@ -90,8 +92,8 @@ def test_codes_are_what_the_rule_says(rule: Rule) -> None:
         weight, one, other = raw[index], first[index // 32], second[index // 32]
         expected = {
             Rule.MULTIPLY_ADD_TRUNCATE: lambda w, f, s: np.trunc(w * f + s),
-            Rule.MULTIPLY_ROUND_ADD: lambda w, f, s: np.rint(w * f) + s,
             Rule.SUBTRACT_DIVIDE_ROUND: lambda w, f, s: np.rint((w - f) / s),
+            Rule.DIVIDE_ADD_ROUND: lambda w, f, s: np.rint(w / f + s),
         }[rule](weight, one, other)
         assert codes[index] == int(min(max(expected, 0), 255))
 

@@ -19,7 +19,7 @@
 #endif
 
 enum { BF16, F16, F32 };
-enum { MULTIPLY_ADD_TRUNCATE, MULTIPLY_ROUND_ADD, SUBTRACT_DIVIDE_ROUND };
+enum { MULTIPLY_ADD_TRUNCATE, SUBTRACT_DIVIDE_ROUND, DIVIDE_ADD_ROUND };
 enum { STREAM, HALVES };
 
 #define CHUNK 512 /* weights at a time; they and their codes stay in the first-level cache */
@@ -84,10 +84,10 @@ static inline __attribute__((always_inline)) void find_codes(
     float *values, size_t count, int rule, float first, float second, float top, uint8_t *codes) {
     if (rule == MULTIPLY_ADD_TRUNCATE)
         for (size_t i = 0; i < count; i++) values[i] = values[i] * first + second;
-    else if (rule == MULTIPLY_ROUND_ADD)
-        for (size_t i = 0; i < count; i++) values[i] = rintf(values[i] * first) + second;
-    else
+    else if (rule == SUBTRACT_DIVIDE_ROUND)
         for (size_t i = 0; i < count; i++) values[i] = rintf((values[i] - first) / second);
+    else
+        for (size_t i = 0; i < count; i++) values[i] = rintf(values[i] / first + second);
     for (size_t i = 0; i < count; i++) {
         float value = values[i] > 0 ? values[i] : 0;
         codes[i] = (uint8_t)(int32_t)(value < top ? value : top);

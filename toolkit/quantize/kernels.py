@@ -27,8 +27,8 @@ class Rule(IntEnum):
     """How a weight becomes a code, clipped to 0 .. 2^bits - 1; every step rounds to float32."""
 
     MULTIPLY_ADD_TRUNCATE = 0  # trunc(weight * first + second)
-    MULTIPLY_ROUND_ADD = 1  # rint(weight * first) + second
-    SUBTRACT_DIVIDE_ROUND = 2  # rint((weight - first) / second)
+    SUBTRACT_DIVIDE_ROUND = 1  # rint((weight - first) / second)
+    DIVIDE_ADD_ROUND = 2  # rint(weight / first + second)
 
 
 class Layout(IntEnum):
@@ -149,12 +149,14 @@ def _widen(raw: NDArray[Any], through_half: bool) -> Floats:
 
 def _apply(rule: Rule, values: Floats, first: Floats, second: Floats) -> None:
     """In place; the clip comes before truncation, which it does not change."""
+    if rule is Rule.MULTIPLY_ADD_TRUNCATE:
+        np.multiply(values, first, out=values)
+        np.add(values, second, out=values)
+        return
     if rule is Rule.SUBTRACT_DIVIDE_ROUND:
         np.subtract(values, first, out=values)
         np.divide(values, second, out=values)
-        np.rint(values, out=values)
-        return
-    np.multiply(values, first, out=values)
-    if rule is Rule.MULTIPLY_ROUND_ADD:
-        np.rint(values, out=values)
-    np.add(values, second, out=values)
+    else:
+        np.divide(values, first, out=values)
+        np.add(values, second, out=values)
+    np.rint(values, out=values)

@@ -1,0 +1,143 @@
+"""OpenVINO IR for openvino-genai: int4, int8, f16; for Intel CPUs, GPUs and NPUs."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.checkpoint import Checkpoint
+from toolkit.decoder import Decoder
+from toolkit.errors import PlanError
+from toolkit.formats import RuntimeNeeds
+from toolkit.formats.openvino import graph, reader
+from toolkit.formats.openvino.layout import MAIN_FILE
+from toolkit.formats.openvino.recipe import OpenvinoRecipe
+from toolkit.formats.openvino.session import OpenvinoSession
+from toolkit.formats.openvino.tokenizer import write_tokenizer
+from toolkit.recipe import Recipe
+from toolkit.stream import DataFile
+
+RECIPE = OpenvinoRecipe
+PACKAGES = ("openvino", "openvino-genai", "openvino-tokenizers", "transformers")
+GROUP_SIZES = (32, 64, 128)
+NPU_GROUP_SIZES = (-1, 128)
+CACHE_BYTES = 2  # float16; the CPU's default for quantized artifacts is 8 bits, half of it
+# Resident beside weights and cache, generating: 145 MB with the example, 350 MB with the shape of
+# Phi-3-mini. Pages of the mapped data file come on top and can go at any time.
+OVERHEAD_BYTES = 400_000_000
+
+
+def check_shape(recipe: Recipe, decoder: Decoder) -> None:
+    """PlanError when groups do not fill rows, or a tied head or an NPU rules the choice out."""
+    recipe = cast(OpenvinoRecipe, recipe)
+    _check_groups(recipe, decoder)
+    _check_tied(recipe, decoder)
+    if recipe.provider == "npu":
+        _check_npu(recipe)
+
+
+def _check_groups(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
+    quantization = recipe.quantization
+    size = quantization.group_size
+    for name, columns in (
+        ("hidden_size", decoder.hidden),
+        ("intermediate_size", decoder.intermediate),
+        ("heads x head_dim", decoder.heads * decoder.head_dim),
+    ):
+        if quantization.has_int4 and columns % (size if size > 0 else 2):
+            fits = [str(n) for n in (-1, *GROUP_SIZES) if columns % (n if n > 0 else 2) == 0]
+            raise PlanError(
+                f"{recipe.name}: quantization.group_size: {size} does not divide {name} {columns}; "
+                f"allowed {', '.join(fits) or 'none (use int8 or f16)'}"
+            )
+
+
+def _check_tied(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
+    embedding, head = recipe.quantization.embedding, recipe.quantization.head
+    if decoder.is_tied and embedding != head:
+        raise PlanError(
+            f"{recipe.name}: quantization.head: got {head} beside embedding {embedding}; this "
+            f"model's head is its embedding, one tensor; allowed {embedding}"
+        )
+
+
+def _check_npu(recipe: OpenvinoRecipe) -> None:
+    quantization = recipe.quantization
+    if quantization.precision == "int8":
+        raise PlanError(
+            f"{recipe.name}: quantization.precision: got int8, which has zero points; NPU drivers "
+            "take symmetric layers only; allowed int4, f16"
+        )
+    if quantization.has_int4 and not quantization.symmetric:
+        raise PlanError(
+            f"{recipe.name}: quantization.symmetric: got false; NPU drivers take symmetric int4 "
+            "only; allowed true"
+        )
+    if quantization.has_int4 and quantization.group_size not in NPU_GROUP_SIZES:
+        raise PlanError(
+            f"{recipe.name}: quantization.group_size: got {quantization.group_size}; NPU drivers "
+            "take whole rows or groups of 128; allowed -1, 128"
+        )
+
+
+def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
+    """Place every tensor in openvino_model.bin; the context does not matter to it."""
+    del context_length
+    return graph.lay_out(cast(OpenvinoRecipe, recipe), decoder).data_file()
+
+
+def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
+    """What openvino-genai takes to run it."""
+    recipe = cast(OpenvinoRecipe, recipe)
+    notes = []
+    if decoder.rope.is_long and context_length > decoder.rope.original_context:
+        notes.append(
+            f"beyond {decoder.rope.original_context} tokens the long rotary factors hold: the "
+            "runner computes the whole sequence anew there, once; a program that shares cached "
+            "keys among prompts (openvino-genai's prefix caching, its default) leaves the source"
+        )
+    return RuntimeNeeds(
+        engine="openvino_genai",
+        provider=recipe.provider,
+        package="openvino-genai",
+        main_file=MAIN_FILE,
+        kv_bytes_per_token=decoder.kv_bytes_per_token(CACHE_BYTES),
+        overhead_bytes=OVERHEAD_BYTES,
+        valid_context=(1, context_length),
+        notes=tuple(notes),
+    )
+
+
+def header_bytes(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
+    """Nothing stands before the data."""
+    del recipe, decoder, checkpoint
+    return b""
+
+
+def write_rest(
+    folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, context_length: int
+) -> None:
+    """Write the network, tokenizer and detokenizer, configurations, the tokenizer's own files."""
+    del context_length
+    graph.make_network(cast(OpenvinoRecipe, recipe), decoder).write(folder / MAIN_FILE)
+    write_tokenizer(checkpoint, folder)
+    shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
+    generation = {**checkpoint.generation, "eos_token_id": list(checkpoint.stop_ids)}
+    text = json.dumps(generation, indent=2) + "\n"
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    for path in checkpoint.tokenizer_files():
+        shutil.copyfile(path, folder / path.name)
+
+
+def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Read the artifact back: (checkpoint name, float32)."""
+    return reader.dequantize(folder, decoder)
+
+
+def open_session(folder: Path) -> OpenvinoSession:
+    """Open the artifact in openvino-genai, on the CPU."""
+    return OpenvinoSession(folder)

@@ -1,0 +1,74 @@
+"""Rows of a tensor as OpenVINO stores them: groups of integers, or floats."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.checkpoint import to_float32
+from toolkit.quantize import kernels, nncf
+from toolkit.stream import write_rows
+
+DTYPES: dict[str, type[np.generic]] = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "i64": np.int64,
+    "i32": np.int32,
+    "u8": np.uint8,
+    "boolean": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """4-bit codes in two's complement, and scales."""
+
+    size: int
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        """Quantize rows; `offsets` are those of codes and scales."""
+        rows, columns = raw.shape
+        codes = np.empty((rows, columns // 2), np.uint8)
+        scales = np.empty((rows, columns // self.size), np.float16)
+        nncf.quantize_symmetric(raw, self.size, codes.reshape(-1), scales.reshape(-1))
+        write_rows(descriptor, codes, row, offsets[0])
+        write_rows(descriptor, scales, row, offsets[1])
+
+
+@dataclass(frozen=True)
+class Asymmetric:
+    """4- or 8-bit codes, scales and zero points of `point_bits`, whole bytes a row."""
+
+    bits: Literal[4, 8]
+    size: int
+    point_bits: Literal[4, 8]
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        """Quantize rows; `offsets` are those of codes, scales and zero points."""
+        rows, columns = raw.shape
+        groups = columns // self.size
+        codes = np.empty((rows, columns * self.bits // 8), np.uint8)
+        scales = np.empty((rows, groups), np.float16)
+        points = np.empty((rows, groups), np.uint8)
+        nncf.quantize_asymmetric(
+            raw, self.bits, self.size, codes.reshape(-1), scales.reshape(-1), points.reshape(-1)
+        )
+        packed = kernels.pack(points, self.point_bits).reshape(rows, -1)
+        for array, offset in zip((codes, scales, packed), offsets, strict=True):
+            write_rows(descriptor, array, row, offset)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Rows as they are, in float16 or float32."""
+
+    dtype: Literal["f16", "f32"]
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        """Convert rows and write them in place."""
+        with np.errstate(over="ignore"):
+            converted: NDArray[Any] = to_float32(raw).astype(DTYPES[self.dtype], copy=False)
+        if not np.isfinite(converted).all():
+            raise ValueError(f"a weight is not finite (NaN, Inf or beyond {self.dtype})")
+        write_rows(descriptor, converted, row, offsets[0])

@@ -1,0 +1,305 @@
+"""The decoder as OpenVINO operations, stateful, in the patterns that its plugins recognise.
+
+The patterns (compressed weights, RMS norm, rotary embedding, cache, grouped attention, sliding
+window) are those that optimum-intel's export leaves in a network, because the plugins' fusions and
+the paged attention of openvino-genai are matched against them.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from toolkit.decoder import Decoder, Rope
+from toolkit.formats.openvino import layout as layouts
+from toolkit.formats.openvino.layout import Layout
+from toolkit.formats.openvino.network import Network, Value
+from toolkit.formats.openvino.recipe import OpenvinoRecipe
+
+LAST = -1
+TO_END = (1 << 63) - 1
+MASKED = -65504.0  # the least float16: the mask may be computed in half precision
+
+
+def lay_out(recipe: OpenvinoRecipe, decoder: Decoder) -> Layout:
+    """Place every constant. Behind the tensors stand small ones, which all layers share."""
+    layout = layouts.lay_out(recipe, decoder)
+    _connect(recipe, replace(decoder, layers=1), layout)
+    return layout
+
+
+def make_network(recipe: OpenvinoRecipe, decoder: Decoder) -> Network:
+    """The network over the data file that `lay_out` describes."""
+    return _connect(recipe, decoder, layouts.lay_out(recipe, decoder))
+
+
+def _connect(recipe: OpenvinoRecipe, decoder: Decoder, layout: Layout) -> Network:
+    graph = _Graph(recipe, decoder, Network(decoder.family, layout))
+    graph.add_model()
+    return graph.net
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What every layer needs: cos and sin, mask, an empty cache, the beam each row continues."""
+
+    cos: Value
+    sin: Value
+    mask: Value
+    empty: Value
+    beam: Value
+
+
+@dataclass(frozen=True)
+class _Graph:
+    recipe: OpenvinoRecipe
+    decoder: Decoder
+    net: Network
+
+    def add_model(self) -> None:
+        """Inputs to logits. Float weights ask for a float16 cache, as their exporter does."""
+        net, names = self.net, self.decoder.names
+        quantization = self.recipe.quantization
+        ids, attention, positions = (
+            self._parameter(name, "i64", "?,?")
+            for name in ("input_ids", "attention_mask", "position_ids")
+        )
+        beam = self._parameter("beam_idx", "i32", "?")
+        embedding = self._matrix(names.embedding)
+        rows = net.add("Convert", ids, dtype="i32", destination_type="i32")
+        hidden = self._gather(embedding, rows, net.integer(0, "i32"))
+        cos, sin = _add_rotation(net, self.decoder.rope, positions)
+        mask = _add_mask(net, ids, attention, self.decoder.window)
+        inputs = _Inputs(cos, sin, mask, self._empty_cache(ids), beam)
+        for layer in range(self.decoder.layers):
+            hidden = self._add_layer(layer, hidden, inputs)
+        hidden = self._norm(hidden, names.final_norm)
+        head = embedding
+        if not self.decoder.is_tied:
+            head = self._matrix(names.head)
+        logits = self._multiply(hidden, head)
+        net.label(logits, "logits")
+        net.add_many("Result", logits, outputs=0, name="logits")
+        net.set_runtime_option("ACTIVATIONS_SCALE_FACTOR", "8.0")
+        if quantization.precision == "f16":
+            net.set_runtime_option("KV_CACHE_PRECISION", "f16")
+
+    def _parameter(self, name: str, dtype: str, shape: str) -> Value:
+        value = self.net.add("Parameter", dtype=dtype, name=name, shape=shape, element_type=dtype)
+        self.net.label(value, name)
+        return value
+
+    def _add_layer(self, layer: int, hidden: Value, inputs: _Inputs) -> Value:
+        net, names = self.net, self.decoder.names
+        normed = self._norm(hidden, names.attention_norm.format(layer))
+        attended = self._attention(layer, normed, inputs)
+        out = self._linear(attended, names.attention_out.format(layer))
+        hidden = net.add("Add", hidden, out)
+        normed = self._norm(hidden, names.mlp_norm.format(layer))
+        return net.add("Add", hidden, self._mlp(layer, normed))
+
+    def _attention(self, layer: int, normed: Value, inputs: _Inputs) -> Value:
+        net, decoder = self.net, self.decoder
+        heads, kv_heads, width = decoder.heads, decoder.kv_heads, decoder.head_dim
+        fused = self._linear(normed, decoder.names.qkv.format(layer))
+        ends = [n * width for n in (0, heads, heads + kv_heads, heads + 2 * kv_heads)]
+        query, key, value = (
+            self._split_heads(_slice(net, fused, ends[part], ends[part + 1], 2), count)
+            for part, count in enumerate((heads, kv_heads, kv_heads))
+        )
+        query, key = self._rotate(query, inputs), self._rotate(key, inputs)
+        keys = self._cache(layer, "key", key, inputs)
+        values = self._cache(layer, "value", value, inputs)
+        attended = net.add(
+            "ScaledDotProductAttention", query, keys, values, inputs.mask,
+            net.number(width**-0.5), causal=False,
+        )  # fmt: skip
+        rows = net.add("Transpose", attended, net.integers(0, 2, 1, 3))
+        return net.add("Reshape", rows, net.integers(0, 0, heads * width), special_zero=True)
+
+    def _split_heads(self, rows: Value, heads: int) -> Value:
+        """[batch, n, heads x width] to [batch, heads, n, width]."""
+        net = self.net
+        shape = net.integers(0, 0, heads, self.decoder.head_dim)
+        split = net.add("Reshape", rows, shape, special_zero=True)
+        return net.add("Transpose", split, net.integers(0, 2, 1, 3))
+
+    def _rotate(self, states: Value, inputs: _Inputs) -> Value:
+        """Rotate-half over the first `rotary_dim` of each head."""
+        net, rotary = self.net, self.decoder.rope.rotary_dim
+        rest = None
+        if rotary < self.decoder.head_dim:
+            rest = _slice(net, states, rotary, TO_END, 3)
+            states = _slice(net, states, 0, rotary, 3)
+        low = _slice(net, states, 0, rotary // 2, 3)
+        high = _slice(net, states, rotary // 2, TO_END, 3)
+        half = net.add("Concat", net.add("Multiply", high, net.number(-1.0)), low, axis=-1)
+        rotated = net.add(
+            "Add", net.add("Multiply", states, inputs.cos), net.add("Multiply", half, inputs.sin)
+        )
+        return rotated if rest is None else net.add("Concat", rotated, rest, axis=-1)
+
+    def _empty_cache(self, ids: Value) -> Value:
+        """float32 [batch, kv_heads, 0, width]."""
+        net = self.net
+        batch = self._gather(_shape(net, ids), net.integers(0), net.integer(0))
+        sizes = [net.integers(n) for n in (self.decoder.kv_heads, 0, self.decoder.head_dim)]
+        shape = net.add("Concat", batch, *sizes, axis=0)
+        return net.add("Broadcast", net.number(0.0), shape, mode="numpy")
+
+    def _cache(self, layer: int, part: str, new: Value, inputs: _Inputs) -> Value:
+        """Append to a state variable; keys or values of all positions, one for each query head."""
+        net, decoder = self.net, self.decoder
+        heads, kv_heads, width = decoder.heads, decoder.kv_heads, decoder.head_dim
+        variable = f"past_key_values.{layer}.{part}present.{layer}.{part}"
+        old = net.add(
+            "ReadValue", inputs.empty, variable_id=variable, variable_type="f32",
+            variable_shape=f"?,{kv_heads},?,{width}",
+        )  # fmt: skip
+        kept = self._gather(old, inputs.beam, net.integer(0))
+        grown = net.add("Concat", kept, new, axis=-2)
+        net.add("Assign", grown, variable_id=variable)
+        if kv_heads == heads:
+            return grown
+        each = net.add("Unsqueeze", grown, net.integer(2))
+        shape = net.integers(1, 1, heads // kv_heads, 1, 1)
+        repeated = net.add("Broadcast", each, shape, mode="bidirectional")
+        return net.add("Reshape", repeated, net.integers(0, heads, -1, width), special_zero=True)
+
+    def _mlp(self, layer: int, normed: Value) -> Value:
+        net, names, inner = self.net, self.decoder.names, self.decoder.intermediate
+        gate_up = self._linear(normed, names.gate_up.format(layer))
+        gate, up = net.add_many(
+            "VariadicSplit", gate_up, net.integer(LAST), net.integers(inner, inner), outputs=2
+        )
+        gated = net.add("Multiply", up, net.add("Swish", gate))
+        return self._linear(gated, names.down.format(layer))
+
+    def _norm(self, hidden: Value, name: str) -> Value:
+        """RMSNorm with a float32 weight."""
+        net = self.net
+        square = net.add("Power", hidden, net.floats((2.0,), (1, 1, 1)))
+        mean = net.add("ReduceMean", square, net.integers(LAST), keep_dims=True)
+        epsilon = net.floats((self.decoder.norm_epsilon,), (1, 1, 1))
+        root = net.add("Sqrt", net.add("Add", mean, epsilon))
+        inverse = net.add("Divide", net.floats((1.0,), (1, 1, 1)), root)
+        return net.add("Multiply", net.add("Multiply", hidden, inverse), net.constant(name))
+
+    def _linear(self, rows: Value, name: str) -> Value:
+        return self._multiply(rows, self._matrix(name))
+
+    def _multiply(self, rows: Value, matrix: Value) -> Value:
+        return self.net.add("MatMul", rows, matrix, transpose_a=False, transpose_b=True)
+
+    def _gather(self, values: Value, indices: Value, axis: Value) -> Value:
+        return self.net.add("Gather", values, indices, axis, batch_dims=0)
+
+    def _matrix(self, name: str) -> Value:
+        """An [out, in] matrix as float32, which the runtime keeps as it is stored.
+
+        Only in this order: scale, reshape, convert to float32. Any other one is computed at load.
+        """
+        net, layout = self.net, self.net.layout
+        value = net.constant(name)
+        if (scale := f"{name}/scale") in layout.stored:
+            value = _to_half(net, value)
+            if (points := f"{name}/zero_point") in layout.stored:
+                value = net.add("Subtract", value, _to_half(net, net.constant(points)))
+            value = net.add("Multiply", value, net.constant(scale))
+        if layout.stored[name].shape != layout.shapes[name]:
+            shape = net.integers(*layout.shapes[name])
+            value = net.add("Reshape", value, shape, special_zero=False)
+        wide = net.add("Convert", value, dtype="f32", destination_type="f32")
+        net.mark_decompression(wide)
+        return wide
+
+
+def _to_half(net: Network, value: Value) -> Value:
+    return net.add("Convert", value, dtype="f16", destination_type="f16")
+
+
+def _slice(net: Network, value: Value, start: int, stop: int, axis: int) -> Value:
+    one = net.integers(1)
+    return net.add("Slice", value, net.integers(start), net.integers(stop), one, net.integers(axis))
+
+
+def _shape(net: Network, value: Value) -> Value:
+    return net.add("ShapeOf", value, dtype="i64", output_type="i64")
+
+
+def _add_rotation(net: Network, rope: Rope, positions: Value) -> tuple[Value, Value]:
+    """cos and sin, float32 [batch, 1, n, rotary_dim]."""
+    frequencies, scale = _add_frequencies(net, rope, positions)
+    places = net.add("Unsqueeze", positions, net.integer(1))
+    places = net.add("Convert", places, dtype="f32", destination_type="f32")
+    angles = net.add("MatMul", frequencies, places, transpose_a=False, transpose_b=False)
+    angles = net.add("Transpose", angles, net.integers(0, 2, 1))
+    angles = net.add("Concat", angles, angles, axis=-1)
+    cos, sin = net.add("Cos", angles), net.add("Sin", angles)
+    if scale is not None:
+        cos, sin = net.add("Multiply", cos, scale), net.add("Multiply", sin, scale)
+    axis = net.integer(1)
+    return net.add("Unsqueeze", cos, axis), net.add("Unsqueeze", sin, axis)
+
+
+def _add_frequencies(net: Network, rope: Rope, positions: Value) -> tuple[Value, Value | None]:
+    """Radians a position, [1, rotary_dim / 2, 1], and what to scale cos and sin by, if anything.
+
+    With LongRoPE the long factors hold for all once any position lies beyond the original context.
+    """
+    shape = (1, rope.rotary_dim // 2, 1)
+    short = net.floats(_frequencies(rope, rope.short_factors), shape)
+    if not rope.is_long:
+        return short, None
+    last = net.add("ReduceMax", positions, net.integers(0, 1), keep_dims=False)
+    limit = net.integer(rope.original_context)
+    is_long = net.add("GreaterEqual", last, limit, dtype="boolean")
+    long = net.floats(_frequencies(rope, rope.long_factors), shape)
+    frequencies = net.add("Select", is_long, long, short, dtype="f32")
+    scales = (rope.long_scale, rope.short_scale)
+    if scales[0] == scales[1]:
+        return frequencies, None if scales[0] == 1 else net.number(scales[0])
+    values = [net.number(scale) for scale in scales]
+    return frequencies, net.add("Select", is_long, *values, dtype="f32")
+
+
+def _frequencies(rope: Rope, factors: tuple[float, ...]) -> tuple[float, ...]:
+    """Radians a position, float32 at every step as in transformers; only the power is exact."""
+    exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
+    steps = np.power(rope.theta, exponents, dtype=np.float64).astype(np.float32)
+    wide = np.array(factors or (1.0,) * len(steps), np.float32)
+    return tuple(map(float, np.float32(1) / (wide * steps)))
+
+
+def _add_mask(net: Network, ids: Value, attention: Value, window: int | None) -> Value:
+    """float32 [batch, 1, n, total]: 0 where a query sees a key, MASKED where not.
+
+    The window is "key > query + (-window)" inside the chain of BitwiseAnd: paged attention finds it
+    in this form only, and drops any other one silently.
+    """
+    batch, count, total = (
+        net.add("Gather", _shape(net, value), net.integer(axis), net.integer(0), batch_dims=0)
+        for value, axis in ((ids, 0), (ids, 1), (attention, 1))
+    )
+    keys = net.add("Unsqueeze", _range(net, net.integer(0), total), net.integers(0, 1, 2))
+    first = net.add("Subtract", total, count)
+    queries = net.add("Unsqueeze", _range(net, first, total), net.integers(0, 1, 3))
+    sees = net.add("LessEqual", keys, queries, dtype="boolean")
+    if window is not None:
+        oldest = net.add("Add", queries, net.integer(-window))
+        near = net.add("Greater", keys, oldest, dtype="boolean")
+        always = net.integer(1, "boolean")
+        near = net.add("BitwiseAnd", always, near)
+        sees = net.add("BitwiseAnd", always, net.add("BitwiseAnd", near, sees))
+    present = net.add("Convert", attention, dtype="boolean", destination_type="boolean")
+    sees = net.add("BitwiseAnd", sees, net.add("Unsqueeze", present, net.integers(1, 2)))
+    zero = net.integer(0)
+    batch, count, total = (net.add("Unsqueeze", size, zero) for size in (batch, count, total))
+    shape = net.add("Concat", batch, net.integers(1), count, total, axis=0)
+    sees = net.add("Broadcast", sees, shape, mode="bidirectional")
+    mask = net.add("Select", sees, net.number(0.0), net.number(MASKED), dtype="f32")
+    # Does nothing here; paged attention's pattern has it.
+    return net.add("Slice", mask, net.integers(0), total, net.integers(1), net.integers(3))
+
+
+def _range(net: Network, first: Value, stop: Value) -> Value:
+    return net.add("Range", first, stop, net.integer(1), dtype="i64", output_type="i64")

@@ -1,0 +1,120 @@
+"""Where every tensor lies in openvino_model.bin; computed from shapes alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Literal
+
+import numpy as np
+
+from toolkit.decoder import Decoder
+from toolkit.formats.openvino.encoders import DTYPES, Asymmetric, Plain, Symmetric
+from toolkit.formats.openvino.recipe import Kind, OpenvinoQuantization, OpenvinoRecipe
+from toolkit.stream import Constant, DataFile, Encoder, Piece
+
+MAIN_FILE = "openvino_model.xml"
+DATA_FILE = "openvino_model.bin"
+ALIGN_BYTES = 64
+BITS = {"f32": 32, "f16": 16, "i64": 64, "i32": 32, "u8": 8, "i4": 4, "u4": 4, "boolean": 8}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A constant whose bytes lie in the data file; `dtype` is OpenVINO's name of the type."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return (prod(self.shape) * BITS[self.dtype] + 7) // 8
+
+
+@dataclass
+class Layout:
+    """Constants in the order they lie, and how each is filled."""
+
+    quantization: OpenvinoQuantization
+    shapes: Mapping[str, tuple[int, ...]]
+    end: int = 0
+    stored: dict[str, Stored] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
+    constants: list[Constant] = field(default_factory=list)
+
+    def data_file(self) -> DataFile:
+        """The data file this layout describes."""
+        return DataFile(DATA_FILE, self.end, tuple(self.pieces), tuple(self.constants))
+
+    def add_plain(self, name: str, dtype: Literal["f16", "f32"]) -> None:
+        """A tensor of the checkpoint in a float type."""
+        offset = self._place(name, dtype, self.shapes[name])
+        self._fill(name, Plain(dtype), offset)
+
+    def add_matrix(self, name: str, kind: Kind) -> None:
+        """An [out, in] matrix: float16, or codes with scales and, if any, zero points."""
+        if kind == "f16":
+            self.add_plain(name, "f16")
+        elif kind == "int4" and self.quantization.symmetric:
+            size, codes, groups = self._group(name, self.quantization.group_size)
+            offsets = [self._place(name, "i4", codes), self._place_scales(name, groups)]
+            self._fill(name, Symmetric(size), *offsets)
+        else:
+            self._add_asymmetric(name, 4 if kind == "int4" else 8)
+
+    def add_values(
+        self, name: str, dtype: str, shape: tuple[int, ...], values: tuple[float, ...]
+    ) -> None:
+        """A small array that is known without the checkpoint."""
+        offset = self._place(name, dtype, shape)
+        self.constants.append(Constant(offset, partial(np.array, values, DTYPES[dtype])))
+
+    def _add_asymmetric(self, name: str, bits: Literal[4, 8]) -> None:
+        whole = bits == 8 or self.quantization.group_size == -1
+        size, codes, groups = self._group(name, -1 if whole else self.quantization.group_size)
+        # Packed zero points of a row must fill whole bytes, for rows are written in any order.
+        point_bits: Literal[4, 8] = 8 if bits == 8 or groups[1] % 2 else 4
+        offsets = [
+            self._place(name, f"u{bits}", codes),
+            self._place_scales(name, groups),
+            self._place(f"{name}/zero_point", f"u{point_bits}", groups),
+        ]
+        self._fill(name, Asymmetric(bits, size, point_bits), *offsets)
+
+    def _group(self, name: str, size: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Weights a group, shape of codes, shape of scales; -1 is one group a row."""
+        rows, columns = self.shapes[name]
+        if size == -1:
+            return columns, (rows, columns), (rows, 1)
+        return size, (rows, columns // size, size), (rows, columns // size, 1)
+
+    def _place_scales(self, name: str, shape: tuple[int, ...]) -> int:
+        return self._place(f"{name}/scale", "f16", shape)
+
+    def _place(self, name: str, dtype: str, shape: tuple[int, ...]) -> int:
+        """Reserve aligned space; returns its offset."""
+        offset = -(-self.end // ALIGN_BYTES) * ALIGN_BYTES
+        self.stored[name] = Stored(name, dtype, shape, offset)
+        self.end = offset + self.stored[name].nbytes
+        return offset
+
+    def _fill(self, name: str, encoder: Encoder, *offsets: int) -> None:
+        shape = self.shapes[name]
+        piece = Piece(name, 0, prod(shape[:-1]), shape[-1], encoder, offsets)
+        self.pieces.append(piece)
+
+
+def lay_out(recipe: OpenvinoRecipe, decoder: Decoder) -> Layout:
+    """Place every tensor of the decoder, in order of use; what else a network needs comes after."""
+    quantization, names = recipe.quantization, decoder.names
+    layout = Layout(quantization, decoder.shapes())
+    kinds = {names.embedding: quantization.embedding, names.head: quantization.head}
+    for name, shape in layout.shapes.items():
+        if len(shape) == 1:
+            layout.add_plain(name, "f32")
+        else:
+            layout.add_matrix(name, kinds.get(name) or quantization.precision)
+    return layout

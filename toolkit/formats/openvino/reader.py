@@ -1,0 +1,53 @@
+"""Read an artifact back with OpenVINO's own reader and dequantize it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.decoder import Decoder
+from toolkit.errors import require
+from toolkit.formats.openvino.layout import MAIN_FILE as MAIN_FILE
+
+
+def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield (checkpoint name, float32 weights) for every tensor of the decoder."""
+    constants = read_constants(folder)
+    for name, shape in decoder.shapes().items():
+        yield name, decode(constants, name).reshape(shape)
+
+
+def decode(constants: dict[str, Any], name: str) -> NDArray[np.float32]:
+    """The values of a constant, with its zero points and scales where it has any."""
+    values = unpack(constants[name])
+    if f"{name}/scale" in constants:
+        if f"{name}/zero_point" in constants:
+            values -= unpack(constants[f"{name}/zero_point"])
+        values *= unpack(constants[f"{name}/scale"])
+    return values
+
+
+def read_constants(folder: Path) -> dict[str, Any]:
+    """Constants of the network by name."""
+    model = require("openvino").Core().read_model(folder / MAIN_FILE)
+    return {
+        node.get_friendly_name(): node
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "Constant"
+    }
+
+
+def unpack(constant: Any) -> NDArray[np.float32]:
+    """A constant's values as float32 in its own shape."""
+    shape = tuple(constant.get_output_shape(0))
+    kind = constant.get_element_type().get_type_name()
+    if kind not in ("i4", "u4"):
+        values: NDArray[np.float32] = constant.get_data().astype(np.float32)
+        return values
+    pairs = constant.get_data().view(np.uint8).reshape(-1)
+    codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(shape)
+    if kind == "i4":
+        return ((codes ^ 8).astype(np.float32)) - 8
+    return codes.astype(np.float32)

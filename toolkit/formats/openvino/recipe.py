@@ -1,0 +1,42 @@
+"""What a recipe for OpenVINO can say."""
+
+from typing import Literal
+
+import msgspec
+
+from toolkit.recipe import Recipe
+
+Kind = Literal["int4", "int8", "f16"]
+
+
+class OpenvinoQuantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How weights are stored; `group_size` and `symmetric` matter for int4 only.
+
+    `group_size` -1 is one group a row. int8 is always one range a row, with a zero point. What
+    `embedding` and `head` leave out is f16 beside f16 and int8 beside the others.
+    """
+
+    precision: Kind
+    group_size: Literal[-1, 32, 64, 128] = 128
+    symmetric: bool = True
+    embedding: Kind | None = None
+    head: Kind | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in what depends on the precision."""
+        default = "f16" if self.precision == "f16" else "int8"
+        for field in ("embedding", "head"):
+            if getattr(self, field) is None:
+                msgspec.structs.force_setattr(self, field, default)
+
+    @property
+    def has_int4(self) -> bool:
+        """True when any tensor is stored in 4 bits."""
+        return "int4" in (self.precision, self.embedding, self.head)
+
+
+class OpenvinoRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="openvino"):
+    """An artifact for openvino-genai. `npu` allows only what NPU drivers take."""
+
+    provider: Literal["cpu", "gpu", "npu"] = "cpu"
+    quantization: OpenvinoQuantization

@@ -1,0 +1,66 @@
+"""Groups of 4 or 8 bits, bit-exact with NNCF (OpenVINO); value = (code - zero point) * scale.
+
+symmetric    4 bits; the signed weight of largest magnitude becomes -8: scale = extreme / -8; of two
+             opposite extremes the negative one counts. Codes are two's complement.
+asymmetric   4 or 8 bits; scale = (max - min) / (2^bits - 1), zero point rounded.
+
+Scales are computed and used in float32 and stored in float16, as NNCF does. NNCF clips a group
+whose weights all have the same sign; here its range is widened to hold 0.
+
+Source: nncf/openvino/optimized_functions/models.py (integer quantization).
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.quantize.kernels import Codes, Floats, Rule, encode, find_ranges
+
+LEAST_SCALE = np.finfo(np.float32).eps  # NNCF's, for groups of zeros
+SIGN_BITS = np.uint8(0x88)  # flips both codes of a byte between offset 8 and two's complement
+
+
+def quantize_symmetric(
+    raw: NDArray[Any], size: int, codes: Codes, scales: NDArray[np.float16]
+) -> None:
+    """Quantize raw (bf16 bits, float16 or float32), a flat run of whole groups, to 4 bits.
+
+    codes [len / 2] (two a byte, the first in the low half), scales [groups]. ValueError when a
+    weight is not finite, or too large for a float16 scale.
+    """
+    low, high = find_ranges(raw, size)
+    exact = _at_least(np.where(-low >= high, low, high) / np.float32(-8))
+    _store(exact, scales)
+    # weight / scale + 8 with one rounding less: the sum is exact for bf16 and float16 wherever it
+    # decides a code.
+    encode(raw, size, codes, 4, Rule.SUBTRACT_DIVIDE_ROUND, exact * np.float32(-8), exact)
+    np.bitwise_xor(codes, SIGN_BITS, out=codes)
+
+
+def quantize_asymmetric(
+    raw: NDArray[Any], bits: int, size: int, codes: Codes, scales: NDArray[np.float16],
+    zero_points: Codes,
+) -> None:  # fmt: skip
+    """As quantize_symmetric, in `bits` 4 or 8; zero_points [groups], one a byte."""
+    low, high = find_ranges(raw, size)
+    low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+    top = (1 << bits) - 1
+    with np.errstate(over="ignore"):
+        exact = _at_least((high - low) / np.float32(top))
+    _store(exact, scales)
+    points = np.clip(-np.rint(low / exact), 0, top)
+    zero_points[:] = points
+    encode(raw, size, codes, bits, Rule.DIVIDE_ADD_ROUND, exact, points)
+
+
+def _at_least(scales: Floats) -> Floats:
+    """Scales with those too near to 0 replaced."""
+    return np.where(np.abs(scales) < LEAST_SCALE, LEAST_SCALE, scales)
+
+
+def _store(exact: Floats, scales: NDArray[np.float16]) -> None:
+    with np.errstate(over="ignore"):
+        scales[:] = exact
+    if not np.isfinite(scales).all():
+        raise ValueError("a group's weights are too large for a float16 scale")
