@@ -1,0 +1,132 @@
+"""MLX for mlx-lm: 2 to 8 bits, mixed precision by layer, or bf16, fp16, fp32; on Macs and Linux."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.checkpoint import Checkpoint
+from toolkit.decoder import Decoder
+from toolkit.errors import PlanError
+from toolkit.formats import RuntimeNeeds
+from toolkit.formats.mlx import config, layout, reader
+from toolkit.formats.mlx.encoders import STORED
+from toolkit.formats.mlx.recipe import MlxRecipe
+from toolkit.formats.mlx.schemes import check_schemes
+from toolkit.formats.mlx.session import MlxSession
+from toolkit.recipe import Recipe
+from toolkit.stream import DataFile
+
+RECIPE = MlxRecipe
+PACKAGES = ("mlx", "mlx-lm")
+# Resident beside weights and cache: 90 MB with the example; 0.6 GB in the gate with the shape of
+# Phi-3-mini, on a CPU, where scales become float32.
+OVERHEAD_BYTES = 600_000_000
+
+
+def check_shape(recipe: Recipe, decoder: Decoder) -> None:
+    """PlanError when a row is no whole groups, or mlx-lm's phi3 lacks a feature."""
+    recipe = cast(MlxRecipe, recipe)
+    if decoder.heads * decoder.head_dim != decoder.hidden:
+        raise PlanError(
+            f"{recipe.name}: mlx-lm's phi3 needs heads x head_dim = hidden_size; this model has "
+            f"{decoder.heads} x {decoder.head_dim} and {decoder.hidden}"
+        )
+    config.check_rope(recipe, decoder)
+    check_schemes(recipe, decoder)
+
+
+def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
+    """Place every tensor in model.safetensors; the context does not matter to the file."""
+    del context_length
+    return layout.lay_out(cast(MlxRecipe, recipe), decoder)
+
+
+def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
+    """What mlx-lm takes to run it; PlanError when no length of the context is the source's."""
+    recipe = cast(MlxRecipe, recipe)
+    valid, notes = _valid_context(recipe, decoder, context_length)
+    item_bytes = STORED[recipe.quantization.dtype].itemsize
+    return RuntimeNeeds(
+        engine="mlx_lm",
+        provider=recipe.provider,
+        package="mlx-lm",
+        main_file=layout.DATA_FILE,
+        kv_bytes_per_token=decoder.kv_bytes_per_token(item_bytes),
+        overhead_bytes=OVERHEAD_BYTES,
+        valid_context=valid,
+        notes=tuple(notes),
+        always_long_rope=recipe.rope_factors == "long",
+    )
+
+
+def header_bytes(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
+    """The header of model.safetensors."""
+    del checkpoint
+    return layout.header_bytes(cast(MlxRecipe, recipe), decoder)
+
+
+def write_rest(
+    folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, context_length: int
+) -> None:
+    """Write index, configurations and the tokenizer's files, these verbatim."""
+    del context_length
+    recipe = cast(MlxRecipe, recipe)
+    _write_json(folder / "model.safetensors.index.json", layout.make_index(recipe, decoder))
+    _write_json(folder / "config.json", config.make_config(recipe, decoder, checkpoint))
+    _write_json(folder / "generation_config.json", config.make_generation(checkpoint))
+    for path in checkpoint.tokenizer_files():
+        shutil.copyfile(path, folder / path.name)
+
+
+def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Read the artifact back: (checkpoint name, float32)."""
+    return reader.dequantize(folder, decoder)
+
+
+def open_session(folder: Path) -> MlxSession:
+    """Open the artifact in mlx-lm, on the CPU."""
+    return MlxSession(folder)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _valid_context(
+    recipe: MlxRecipe, decoder: Decoder, context_length: int
+) -> tuple[tuple[int, int], list[str]]:
+    """Lengths that agree with the source, and what to know of the others."""
+    first, last = 1, context_length
+    original = decoder.rope.original_context
+    notes = []
+    if recipe.rope_factors == "short":
+        if context_length > original:
+            raise PlanError(
+                f"{recipe.name}: context_length: got {context_length}; rope_factors: short holds "
+                f"up to {original} tokens, for mlx-lm never changes to the long ones",
+                advice=f"give --context {original} or less, or a recipe with rope_factors: long",
+            )
+    elif recipe.rope_factors == "long":
+        first = original + 1
+        if context_length < first:
+            raise PlanError(
+                f"{recipe.name}: context_length: got {context_length}; rope_factors: long is the "
+                f"source's from {first} tokens on",
+                advice=f"give --context {first} or more, or a recipe with rope_factors: short",
+            )
+        notes.append(
+            f"mlx-lm uses LongRoPE's long factors at every length, the source from {first} tokens "
+            "on: answers to shorter texts differ from its; rope_factors: short is for those"
+        )
+    if decoder.window is not None and decoder.window < last:
+        last = decoder.window
+        notes.append(
+            f"mlx-lm has no sliding window for phi3: beyond {last} tokens the model attends to "
+            "more than its source does, and answers differ"
+        )
+    return (first, last), notes

@@ -1,0 +1,64 @@
+"""Rows of a tensor as MLX stores them: codes with scales and biases, or floats."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.checkpoint import to_float32
+from toolkit.quantize import mlx
+from toolkit.stream import write_rows
+
+# A recipe's dtype as NumPy holds it; bf16 as its bits.
+STORED: dict[str, np.dtype[Any]] = {
+    "bf16": np.dtype("<u2"),
+    "fp16": np.dtype("<f2"),
+    "fp32": np.dtype("<f4"),
+}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Codes of `bits`, and per `group_size` inputs a scale and a bias in `dtype`."""
+
+    bits: int
+    group_size: int
+    dtype: str
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        """Quantize rows; `offsets` are those of codes, scales and biases."""
+        rows, columns = raw.shape
+        weights = _convert(raw, self.dtype)
+        codes = np.empty((rows, columns * self.bits // 8), np.uint8)
+        scales, biases = np.empty((2, rows, columns // self.group_size), weights.dtype)
+        flat = [array.reshape(-1) for array in (weights, codes, scales, biases)]
+        mlx.quantize(flat[0], self.bits, self.group_size, *flat[1:])
+        for array, offset in zip((codes, scales, biases), offsets, strict=True):
+            write_rows(descriptor, array, row, offset)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Rows as floats of `dtype`."""
+
+    dtype: str
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        """Convert rows and write them in place; ValueError when a weight is not finite."""
+        converted = _convert(raw, self.dtype)
+        is_bits = converted.dtype == np.uint16
+        bad = (converted & 0x7F80) == 0x7F80 if is_bits else ~np.isfinite(converted)
+        if bad.any():
+            raise ValueError(f"a weight is not finite (NaN, Inf or beyond {self.dtype})")
+        write_rows(descriptor, converted, row, offsets[0])
+
+
+def _convert(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Raw weights in `dtype`, rounded to nearest even; `raw` itself when it is that already."""
+    if raw.dtype == STORED[dtype]:
+        return raw
+    converted = np.empty(raw.shape, STORED[dtype])
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        mlx.narrow(to_float32(raw), converted)
+    return converted

@@ -1,0 +1,103 @@
+"""Where every tensor lies in model.safetensors; computed from shapes alone."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from toolkit.decoder import Decoder
+from toolkit.formats.mlx.encoders import STORED, Groups, Plain
+from toolkit.formats.mlx.recipe import MlxRecipe
+from toolkit.formats.mlx.schemes import Scheme, choose_schemes, path_of
+from toolkit.stream import DataFile, Encoder, Piece
+
+DATA_FILE = "model.safetensors"
+HEADER_MULTIPLE = 8  # safetensors: the data starts at a multiple of it
+WORD_BITS = 32  # codes are stored as uint32
+# A recipe's dtype as safetensors names it
+FLOATS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file: its name, safetensors dtype, shape, and place in the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def place(recipe: MlxRecipe, decoder: Decoder) -> dict[str, list[Stored]]:
+    """What is stored for every tensor of the checkpoint, in order of use and without gaps."""
+    schemes = choose_schemes(recipe, decoder)
+    dtype = recipe.quantization.dtype
+    placed: dict[str, list[Stored]] = {}
+    end = 0
+    for source, shape in decoder.shapes().items():
+        placed[source] = []
+        for name, kind, stored_shape in _split(source, shape, schemes.get(path_of(source)), dtype):
+            item_bytes = 4 if kind == "U32" else STORED[dtype].itemsize
+            stored = Stored(name, kind, stored_shape, end, prod(stored_shape) * item_bytes)
+            placed[source].append(stored)
+            end += stored.nbytes
+    return placed
+
+
+def _split(
+    source: str, shape: tuple[int, ...], scheme: Scheme | None, dtype: str
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of what is stored for one tensor."""
+    if scheme is None or not scheme.is_quantized:
+        yield source, FLOATS[dtype], shape
+        return
+    path, (rows, columns) = path_of(source), shape
+    yield f"{path}.weight", "U32", (rows, columns * scheme.bits // WORD_BITS)
+    for part in ("scales", "biases"):
+        yield f"{path}.{part}", FLOATS[dtype], (rows, columns // scheme.group_size)
+
+
+def lay_out(recipe: MlxRecipe, decoder: Decoder) -> DataFile:
+    """The data file: each tensor's rows go through the encoder of its scheme."""
+    schemes, shapes = choose_schemes(recipe, decoder), decoder.shapes()
+    dtype = recipe.quantization.dtype
+    pieces = []
+    end = 0
+    for source, stored in place(recipe, decoder).items():
+        scheme = schemes.get(path_of(source))
+        encoder: Encoder = Plain(dtype)
+        if scheme is not None and scheme.is_quantized:
+            encoder = Groups(scheme.bits, scheme.group_size, dtype)
+        rows, columns = prod(shapes[source][:-1]), shapes[source][-1]
+        offsets = tuple(tensor.offset for tensor in stored)
+        pieces.append(Piece(source, 0, rows, columns, encoder, offsets))
+        end = stored[-1].offset + stored[-1].nbytes
+    return DataFile(DATA_FILE, end, tuple(pieces))
+
+
+def header_bytes(recipe: MlxRecipe, decoder: Decoder) -> bytes:
+    """The head of model.safetensors: its length, then JSON, filled up with spaces."""
+    header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+    for stored in place(recipe, decoder).values():
+        for tensor in stored:
+            header[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": tensor.shape,
+                "data_offsets": (tensor.offset, tensor.offset + tensor.nbytes),
+            }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_MULTIPLE)
+    return len(text).to_bytes(8, "little") + text
+
+
+def make_index(recipe: MlxRecipe, decoder: Decoder) -> dict[str, object]:
+    """model.safetensors.index.json, as mlx-lm writes it; parameters are those of the model."""
+    stored = [tensor for parts in place(recipe, decoder).values() for tensor in parts]
+    return {
+        "metadata": {
+            "total_size": sum(tensor.nbytes for tensor in stored),
+            "total_parameters": sum(prod(shape) for shape in decoder.shapes().values()),
+        },
+        "weight_map": {tensor.name: DATA_FILE for tensor in sorted(stored, key=lambda t: t.name)},
+    }

@@ -1,0 +1,49 @@
+"""What a recipe for MLX can say."""
+
+from typing import Literal
+
+import msgspec
+
+from toolkit.recipe import Recipe
+
+Bits = Literal[2, 3, 4, 5, 6, 8, 16]
+GroupSize = Literal[32, 64, 128]
+
+
+class MlxOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How some modules are stored; without `group_size` it is the recipe's."""
+
+    bits: Bits
+    group_size: GroupSize | None = None
+
+
+class MlxQuantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How weights are stored; 16 bits leave a module in `dtype`, unquantized.
+
+    What comes later in this list wins: `bits`; `sensitive_bits`, for the modules that mlx-lm's
+    mixed recipes give more (see schemes.py); `embedding_bits` and `head_bits`; `overrides`, by
+    module path as config.json spells it, where `*` stands for anything, the last match counting.
+
+    `dtype` is the type of scales, biases, norms and unquantized weights, and mlx-lm computes in it.
+    A checkpoint in another type is rounded to it first.
+    """
+
+    bits: Bits
+    group_size: GroupSize = 64
+    sensitive_bits: Bits | None = None
+    embedding_bits: Bits | None = None
+    head_bits: Bits | None = None
+    overrides: dict[str, MlxOverride] = {}
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+
+
+class MlxRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="mlx"):
+    """An artifact for mlx-lm: `metal` on Macs, `cpu` anywhere; the files are the same.
+
+    `rope_factors` belongs to checkpoints with LongRoPE, and must be there: mlx-lm holds one list of
+    factors for all lengths, so an artifact is for texts up to the original context, or beyond it.
+    """
+
+    provider: Literal["metal", "cpu"] = "metal"
+    rope_factors: Literal["short", "long"] | None = None
+    quantization: MlxQuantization

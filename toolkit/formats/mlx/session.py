@@ -1,0 +1,85 @@
+"""An artifact open in mlx-lm on this machine."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.errors import ArtifactError, require
+from toolkit.formats.mlx.cpu import speed_up
+
+BATCH_TOKENS = 256  # positions that are computed at once
+
+
+class MlxSession:
+    """Runs the artifact on a Mac's GPU, on the CPU (see cpu.py) where there is none.
+
+    The weights are loaded when logits are first asked for; token ids need the tokenizer only.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._mx = require("mlx.core")
+        self._utils = require("mlx_lm.utils")
+        self._caches = require("mlx_lm.models.cache")
+        self._folder = folder
+        try:
+            stops = self._utils.load_config(folder).get("eos_token_id")
+            self._tokenizer = self._utils.load_tokenizer(folder, eos_token_ids=stops)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{folder}: mlx-lm does not load its tokenizer: {error}") from error
+        has_metal = self._mx.metal.is_available()
+        self._device = self._mx.gpu if has_metal else self._mx.cpu
+        version = require("mlx_lm").__version__
+        provider = "metal" if has_metal else "cpu"
+        self.runtime = f"mlx-lm {version} (mlx {self._mx.__version__}), {provider}"
+
+    @cached_property
+    def _model(self) -> Any:
+        try:
+            with self._mx.stream(self._device):
+                model, _ = self._utils.load_model(self._folder, lazy=True)
+                if self._device == self._mx.cpu:
+                    speed_up(model)
+                self._mx.eval(model.parameters())
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise ArtifactError(f"{self._folder}: mlx-lm does not load it: {error}") from error
+        return model
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens parsed, nothing added."""
+        return [int(t) for t in self._tokenizer.encode(text, add_special_tokens=False)]
+
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
+        """float32 [len(ids), vocabulary]."""
+        cache = self._caches.make_prompt_cache(self._model)
+        return self._extend(cache, ids)
+
+    def generate(self, ids: list[int], max_tokens: int) -> list[int]:
+        """Greedy continuation; ends after the first stop id, which is included."""
+        cache = self._caches.make_prompt_cache(self._model)
+        tokens: list[int] = []
+        while len(tokens) < max_tokens and not (tokens and self.stops(tokens[-1])):
+            logits = self._extend(cache, tokens[-1:] or ids)
+            tokens.append(int(logits[-1].argmax()))
+        return tokens
+
+    def stops(self, token: int) -> bool:
+        """True when the runtime ends generation on this token."""
+        return token in self._tokenizer.eos_token_ids
+
+    def close(self) -> None:
+        """Free the model."""
+        self.__dict__.pop("_model", None)
+        self._mx.clear_cache()
+
+    def _extend(self, cache: list[Any], ids: list[int]) -> NDArray[np.float32]:
+        """Append ids to the cache; logits after each of them."""
+        parts = []
+        with self._mx.stream(self._device):
+            for start in range(0, len(ids), BATCH_TOKENS):
+                batch = self._mx.array([ids[start : start + BATCH_TOKENS]])
+                logits = self._model(batch, cache=cache)[0].astype(self._mx.float32)
+                parts.append(np.array(logits))
+        return np.concatenate(parts)
