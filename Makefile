@@ -3,11 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= build
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-vendor check bench clean
 
 help:
 	@echo "make demo   set up, convert the bundled Phi-3, push it over SSH, ask it a question there"
 	@echo "make test   set up, run the tests"
+	@echo "make test-vendor  make the vendors' environments (5 GB), compare with the vendors themselves"
 	@echo "make check  set up, lint and type-check"
 	@echo "make bench  set up, time the quantizer; ARGS=... compares with the vendors' tools (bench/README.md)"
 	@echo "make setup  only make $(VENV) with everything"
@@ -26,6 +27,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-vendor: setup
+	for vendor in onnx openvino mlx gguf; do $(BIN)/phiship vendor setup $$vendor || exit 1; done
+	PHISHIP_TEST_VENDOR=1 $(BIN)/python -m pytest tests/vendor/test_live.py
 
 check: setup
 	$(BIN)/ruff check .

@@ -13,7 +13,12 @@ from toolkit.report import Report
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-phi3"
-RECIPES = {"onnx": "tiny-phi3-onnx-cpu-int4", "gguf": "tiny-phi3-gguf-q4_0"}
+RECIPES = {
+    "onnx": "tiny-phi3-onnx-cpu-int4",
+    "gguf": "tiny-phi3-gguf-q4_0",
+    "openvino": "tiny-phi3-openvino-int4",
+    "mlx": "tiny-phi3-mlx-4bit",
+}
 
 
 @pytest.fixture(scope="session")
@@ -22,17 +27,23 @@ def example() -> Path:
     return EXAMPLE
 
 
+class Artifacts(dict[str, Path]):
+    """Artifacts of the bundled example by format, built by `build` when first asked for."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self._out = out
+
+    def __missing__(self, kind: str) -> Path:
+        recipe, checkpoint = catalog.load_recipe(RECIPES[kind]), Checkpoint.open(EXAMPLE)
+        self[kind] = build(recipe, checkpoint, self._out, Options(), Console(), Report(recipe.name))
+        return self[kind]
+
+
 @pytest.fixture(scope="session")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Artifacts of the bundled example by format, built as `phiship build` builds them."""
-    out = tmp_path_factory.mktemp("artifacts")
-    checkpoint = Checkpoint.open(EXAMPLE)
-    return {
-        name: build(
-            catalog.load_recipe(recipe), checkpoint, out, Options(), Console(), Report(recipe)
-        )
-        for name, recipe in RECIPES.items()
-    }
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """Artifacts of the bundled example by format."""
+    return Artifacts(tmp_path_factory.mktemp("artifacts"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from importlib import metadata
 import pytest
 
 EXTRAS = ("onnx", "onnxruntime", "onnxruntime_genai", "gguf", "xllamacpp", "sentencepiece",
-          "openvino", "mlx", "asyncssh", "transformers", "torch")  # fmt: skip
+          "openvino", "openvino_genai", "openvino_tokenizers", "mlx", "mlx_lm", "asyncssh",
+          "transformers", "torch")  # fmt: skip
 
 
 def run_without_extras(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -31,7 +32,9 @@ def test_everything_installs_together_without_torch() -> None:
 
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["list"], ["plan", "phi-3-mini-4k-onnx-cpu-int4"],
-                  ["plan", "phi-3-mini-4k-gguf-q4_k_m", "--for", "raspberry-pi-5"]],
+                  ["plan", "phi-3-mini-4k-gguf-q4_k_m", "--for", "raspberry-pi-5"],
+                  ["plan", "phi-3-mini-4k-mlx-4bit", "--for", "mac-apple-silicon"],
+                  ["plan", "phi-3-mini-4k-openvino-int4", "--for", "intel-cpu"]],
 )  # fmt: skip
 def test_looking_and_planning_need_no_extra(arguments: list[str]) -> None:
     done = run_without_extras(*arguments)
@@ -39,8 +42,8 @@ def test_looking_and_planning_need_no_extra(arguments: list[str]) -> None:
     assert done.stdout
 
 
-@pytest.mark.parametrize("command", ["ship", "list", "plan", "build", "check", "deploy", "probe",
-                                     "status", "trust"])  # fmt: skip
+@pytest.mark.parametrize("command", ["ship", "list", "plan", "build", "check", "parity", "vendor",
+                                     "deploy", "probe", "status", "trust"])  # fmt: skip
 def test_every_command_has_help(command: str) -> None:
     done = run_without_extras(command, "--help")
     assert done.returncode == 0

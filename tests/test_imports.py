@@ -20,13 +20,14 @@ GROUPS = (
     {"fileio", "yamlfile"},
     {"artifact", "decoder", "device", "model", "report", "target"},
     {"console", "recipe"},
-    {"checkpoint"},
-    {"families", "quantize", "runner", "stream"},
+    {"checkpoint", "staging"},
+    {"families", "quantize", "runner", "stream", "vendor"},
     {"formats"},
     {"catalog", "quality", "ssh"},
-    {"plan"},
+    {"plan", "source"},
+    {"check", "export"},
     {"build", "deploy"},
-    {"listing", "ship"},
+    {"listing", "parity", "ship"},
     {"cli"},
     {"__main__"},
 )
@@ -35,8 +36,8 @@ RANK = {part: rank for rank, group in enumerate(GROUPS) for part in group}
 # Slow to import, or of an extra that may not be installed.
 HEAVY = (
     *("asyncssh", "gguf", "huggingface_hub", "mlx", "onnx", "onnxruntime", "onnxruntime_genai"),
-    *("openvino", "openvino_genai", "paramiko", "sentencepiece", "torch", "transformers"),
-    "xllamacpp",
+    *("openvino", "openvino_genai", "openvino_tokenizers", "paramiko", "sentencepiece", "torch"),
+    *("mlx_lm", "transformers", "xllamacpp"),
 )
 
 

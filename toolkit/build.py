@@ -1,33 +1,36 @@
-"""Build: plan -> convert -> gate -> seal, in a temporary folder that one rename publishes."""
+"""Build: plan -> convert -> check -> seal; nothing appears at its final path before."""
 
 import os
 import platform
-import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-import msgspec
-import psutil
-
-from toolkit import __version__, artifact, catalog, fileio, formats
+from toolkit import __version__, artifact, fileio, formats
 from toolkit.artifact import Chat, Manifest, Quality, Runtime, Source
-from toolkit.checkpoint import LOCAL_REVISION, Checkpoint
-from toolkit.checkpoint.hub import resolve
+from toolkit.check import run_checks
+from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console, format_bytes
-from toolkit.decoder import Decoder
-from toolkit.errors import ArtifactError, BuildError, CheckpointError, PlanError
+from toolkit.errors import ArtifactError, BuildError, PhishipError, PlanError
+from toolkit.export import (
+    LOCK_KEY,
+    check_disk,
+    check_memory,
+    digest_vendor,
+    open_exporter,
+    run_export,
+)
 from toolkit.families import read_decoder
 from toolkit.plan import Plan, make_plan, measure_rest
 from toolkit.quality.chat import read_chat
-from toolkit.quality.gate import FailedGateError, run_gate
 from toolkit.recipe import Recipe
-from toolkit.report import Report, Step
-from toolkit.stream import stream
+from toolkit.report import Report
+from toolkit.staging import Staging, check_free_disk, stage
+from toolkit.stream import Output, stream
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,70 @@ class Options:
     memory_bytes: int | None = None
     check: bool = True
     replace: bool = False
+    force_memory: bool = False
 
 
-def open_checked(reference: str, console: Console) -> Checkpoint:
-    """Open a folder or fetch a Hugging Face id; what cannot be built is refused before a fetch."""
-    return resolve(reference, console, accept=read_decoder)
+@dataclass(frozen=True)
+class Job:
+    """One artifact to be made of the checkpoint."""
+
+    plan: Plan
+    source: Source
+    chat: Chat
+    final: Path
+
+    @property
+    def name(self) -> str:
+        """Name of recipe and artifact."""
+        return self.plan.recipe.name
+
+    @property
+    def key(self) -> str:
+        """What a killed build must have been making for its work to be gone on with."""
+        return f"{self.plan.digest} {self.source.digest}"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the engine that wrote the files adds to the manifest."""
+
+    tools: dict[str, str] = field(default_factory=dict)
+    last_context: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+Result = Path | PhishipError
+
+
+@dataclass(frozen=True)
+class Building:
+    """What all steps of a build share; `results` has each artifact's path, or its error."""
+
+    checkpoint: Checkpoint
+    out: Path
+    options: Options
+    console: Console
+    report: Report
+    is_alone: bool
+    results: dict[str, Result] = field(default_factory=dict)
+
+    def step_name(self, step: str, name: str) -> str:
+        """Name of a step in the report; says which artifact when there are several."""
+        return step if self.is_alone else f"{step}: {name}"
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Note an error as the result of one artifact, so that the others, if any, go on."""
+        try:
+            yield
+        except PhishipError as error:
+            if self.is_alone:
+                raise
+            self.results[name] = error
+        except OSError as error:
+            if self.is_alone:
+                raise
+            self.results[name] = fileio.explain_write_error(error)
 
 
 def build(
@@ -56,37 +118,75 @@ def build(
     ArtifactError unless `options.replace`. On any error nothing appears at the final path and the
     temporary folder is gone.
     """
-    with report.step("plan") as step:
-        decoder = read_decoder(checkpoint.config)
-        checkpoint.check(decoder)
-        plan = make_plan(
-            recipe, decoder, context_length=options.context_length, workers=options.workers,
-            memory_bytes=options.memory_bytes,
-            rest_bytes=measure_rest(checkpoint),
-        )  # fmt: skip
-        _check_gate_memory(plan, options)
-        chat = read_chat(checkpoint)
-        source = Source(
-            model=recipe.model, revision=checkpoint.revision, digest=checkpoint.fingerprint()
-        )
-        step.measured = f"{format_bytes(plan.artifact_bytes)} to write"
-    final = out / recipe.name
-    if final.exists() and _is_same(final, plan, source, options):
-        with report.step("keep") as step:
-            step.measured = f"{final} is already this artifact"
-        return final
-    _check_free_disk(out, plan)
-    with _temporary(out, recipe.name) as folder:
-        _convert(plan, checkpoint, folder, console, report)
-        manifest = _check_and_describe(
-            plan, checkpoint, source, chat, folder, options, console, report
-        )
-        with report.step("seal") as step:
-            sealed = msgspec.structs.replace(manifest, files=_sync_and_list(folder, console))
-            artifact.write_manifest(folder, sealed)
-            _publish(folder, final)
-            step.measured = f"{len(sealed.files)} files, {format_bytes(sealed.size_bytes)}"
-    return final
+    result = build_all([recipe], checkpoint, out, options, console, report)[recipe.name]
+    if isinstance(result, PhishipError):
+        raise result
+    return result
+
+
+def build_all(
+    recipes: Sequence[Recipe], checkpoint: Checkpoint, out: Path, options: Options,
+    console: Console, report: Report,
+) -> dict[str, Result]:  # fmt: skip
+    """Build several artifacts in one pass over the checkpoint; by name each one's path or error.
+
+    What is there already is kept. One artifact's error does not stop the others.
+    """
+    building = Building(checkpoint, out, options, console, report, is_alone=len(recipes) == 1)
+    jobs = [job for recipe in recipes if (job := _prepare(recipe, building))]
+    with ExitStack() as stages:
+        staged = {
+            job.name: stages.enter_context(stage(building.out, job.name, job.key)) for job in jobs
+        }
+        fresh = [job for job in jobs if not staged[job.name].is_resumed]
+        check_free_disk(out, sum(job.plan.artifact_bytes for job in fresh))
+        native = [job for job in jobs if job.plan.recipe.engine == "native"]
+        _convert(native, staged, building)
+        for job in jobs:
+            if job.name not in building.results:
+                with building.attempt(job.name):
+                    building.results[job.name] = _finish(job, staged[job.name], building)
+            staged[job.name].discard()
+    return {recipe.name: building.results[recipe.name] for recipe in recipes}
+
+
+def require_all(results: Mapping[str, Result]) -> None:
+    """Raise when an artifact was not built: its own error, or one that counts several."""
+    errors = {name: found for name, found in results.items() if isinstance(found, PhishipError)}
+    if len(errors) > 1:
+        reasons = "\n".join(f"{name}: {error}" for name, error in errors.items())
+        raise BuildError(f"{len(errors)} of {len(results)} artifacts were not built:\n{reasons}")
+    for error in errors.values():
+        raise error
+
+
+def _prepare(recipe: Recipe, building: Building) -> Job | None:
+    """Plan an artifact; None when it is there already, or cannot be made."""
+    with building.attempt(recipe.name):
+        with building.report.step(building.step_name("plan", recipe.name)) as step:
+            job = _plan(recipe, building)
+            step.measured = f"{format_bytes(job.plan.artifact_bytes)} to write"
+        if not (job.final.exists() and _is_same(job, building.options)):
+            return job
+        with building.report.step(building.step_name("keep", recipe.name)) as step:
+            step.measured = f"{job.final} is already this artifact"
+            building.results[recipe.name] = job.final
+    return None
+
+
+def _plan(recipe: Recipe, building: Building) -> Job:
+    checkpoint, options = building.checkpoint, building.options
+    decoder = read_decoder(checkpoint.config)
+    checkpoint.check(decoder)
+    plan = make_plan(
+        recipe, decoder, context_length=options.context_length, workers=options.workers,
+        memory_bytes=options.memory_bytes, rest_bytes=measure_rest(checkpoint),
+    )  # fmt: skip
+    _check_gate_memory(plan, options)
+    source = Source(
+        model=recipe.model, revision=checkpoint.revision, digest=checkpoint.fingerprint()
+    )
+    return Job(plan, source, read_chat(checkpoint), building.out / recipe.name)
 
 
 def _check_gate_memory(plan: Plan, options: Options) -> None:
@@ -99,45 +199,130 @@ def _check_gate_memory(plan: Plan, options: Options) -> None:
         )
 
 
-def _convert(
-    plan: Plan, checkpoint: Checkpoint, folder: Path, console: Console, report: Report
-) -> None:
-    recipe, decoder = plan.recipe, plan.decoder
-    module = formats.get(recipe.format)
-    read_bytes = sum(
-        piece.weights * checkpoint.tensors[piece.tensor].item_bytes for piece in plan.data.pieces
+def _is_same(job: Job, options: Options) -> bool:
+    """True when the artifact there is what would be built; ArtifactError when it is not."""
+    try:
+        found = artifact.read_manifest(job.final)
+    except ArtifactError:
+        found = None
+    if found and (found.plan_digest, found.source) == (job.plan.digest, job.source):
+        if not _has_same_vendor(found, job.plan.recipe):
+            difference = "another version of the vendor's tools made it"
+        elif found.quality.checked or not options.check:
+            return True
+        else:
+            difference = "it was sealed without its check"
+    else:
+        difference = "another plan or source made it" if found else "it is not a sealed artifact"
+    if options.replace:
+        return False
+    raise ArtifactError(
+        f"{job.final} exists and differs: {difference}",
+        advice="choose another --out, remove it, or give --replace",
     )
+
+
+def _has_same_vendor(found: Manifest, recipe: Recipe) -> bool:
+    """False when the vendor's pinned tools are others than those that made the artifact."""
+    if recipe.engine == "native":
+        return True
+    return found.tools.get(LOCK_KEY) == digest_vendor(recipe.format)
+
+
+def _convert(jobs: Sequence[Job], staged: Mapping[str, Staging], building: Building) -> None:
+    """Write the data files of all jobs, their tensors side by side."""
+    if not jobs:
+        return
+    checkpoint, console = building.checkpoint, building.console
     cpu_before_s = _cpu_seconds()
-    with report.step("convert") as step:
-        header = module.header_bytes(recipe, decoder, checkpoint)
-        path = folder / plan.data.name
-        fileio.reserve(path, len(header) + plan.data.size_bytes)
-        fileio.write_start(path, header)
-        with console.progress(f"convert {recipe.name}", read_bytes) as advance:
-            stream(checkpoint, plan.data, path, len(header), plan.workers, advance)
-        module.write_rest(folder, recipe, decoder, checkpoint, plan.context_length)
+    title = jobs[0].name if building.is_alone else f"{len(jobs)} artifacts"
+    read_bytes = sum(
+        piece.weights * checkpoint.tensors[piece.tensor].item_bytes
+        for job in jobs
+        for piece in job.plan.data.pieces
+    )
+    with building.report.step("convert") as step:
+        outputs = {}
+        for job in jobs:
+            with building.attempt(job.name):
+                outputs[job.name] = _open_output(job, staged[job.name], checkpoint)
+        if not outputs:
+            return
+        with console.progress(f"convert {title}", read_bytes) as advance:
+            errors = stream(checkpoint, [*outputs.values()], jobs[0].plan.workers, advance)
         spent_s = _cpu_seconds() - cpu_before_s
         step.measured = f"{format_bytes(read_bytes)} read, {spent_s:.1f} s of CPU"
+        if any(staged[name].is_resumed for name in outputs):
+            step.measured += ", less what a killed build had finished"
+    for index, error in errors.items():
+        name = list(outputs)[index]
+        with building.attempt(name), building.report.step(f"convert: {name}"):
+            raise error
 
 
-def _check_and_describe(
-    plan: Plan, checkpoint: Checkpoint, source: Source, chat: Chat, folder: Path,
-    options: Options, console: Console, report: Report,
-) -> Manifest:  # fmt: skip
-    recipe, needs = plan.recipe, plan.needs
-    with report.step("gate" if options.check else "gate (token ids only)") as step:
-        quality = _gate(
-            folder, recipe, plan.decoder, checkpoint, chat, plan.context_length, options.check,
-            console, step,
+def _open_output(job: Job, staging: Staging, checkpoint: Checkpoint) -> Output:
+    """The data file with its header written, at its full size."""
+    plan = job.plan
+    module = formats.get(plan.recipe.format)
+    header = module.header_bytes(plan.recipe, plan.decoder, checkpoint)
+    path = staging.folder / plan.data.name
+    if not staging.is_resumed:
+        fileio.reserve(path, len(header) + plan.data.size_bytes)
+    fileio.write_start(path, header)
+    return Output(plan.data, path, len(header), staging.done, staging.record)
+
+
+def _finish(job: Job, staging: Staging, building: Building) -> Path:
+    """Write the other files (a vendor's engine: all), check, seal and publish."""
+    plan, report, options = job.plan, building.report, building.options
+    made = Made()
+    if plan.recipe.engine == "vendor":
+        made = _export(job, staging.folder, building)
+    else:
+        with report.step(building.step_name("files", job.name)):
+            formats.get(plan.recipe.format).write_rest(
+                staging.folder, plan.recipe, plan.decoder, building.checkpoint, plan.context_length
+            )
+    gate = "gate" if options.check else "gate (token ids only)"
+    with report.step(building.step_name(gate, job.name)) as step:
+        quality = run_checks(
+            staging.folder, plan, building.checkpoint, job.chat, options.check, building.console,
+            step,
         )  # fmt: skip
+    with report.step(building.step_name("seal", job.name)) as step:
+        sealed = staging.publish(_describe(job, made, quality), building.console)
+        step.measured = f"{len(sealed.files)} files, {format_bytes(sealed.size_bytes)}"
+    return job.final
+
+
+def _export(job: Job, folder: Path, building: Building) -> Made:
+    """Have the vendor's converter write the artifact's files."""
+    options = building.options
+    with open_exporter(job.plan, building.checkpoint, folder) as exporter:
+        log = building.out / f"{job.name}.vendor.log"
+        with building.report.step(building.step_name("export", job.name)) as step:
+            check_memory(exporter, options.memory_bytes, options.force_memory)
+            check_disk(exporter, job.plan)
+            cost = run_export(exporter, log, building.console)
+            step.measured = (
+                f"{exporter.vendor.title}: {cost.cpu_s:.1f} s of CPU, "
+                f"{format_bytes(cost.peak_memory_bytes)} of memory; its log: {log}"
+            )
+        return Made(exporter.tools, exporter.export.last_context, exporter.export.notes)
+
+
+def _describe(job: Job, made: Made, quality: Quality) -> Manifest:
+    """The manifest, but for the list of files."""
+    plan, recipe, needs = job.plan, job.plan.recipe, job.plan.needs
+    first, last = needs.valid_context
     return Manifest(
         schema=artifact.SCHEMA,
         name=recipe.name,
         format=recipe.format,
         plan_digest=plan.digest,
         plan=recipe.settings(),
-        source=source,
-        tools=_tool_versions(recipe.format),
+        source=job.source,
+        tools={**_tool_versions(recipe.format), **made.tools},
         runtime=Runtime(
             engine=needs.engine,
             provider=needs.provider,
@@ -146,156 +331,15 @@ def _check_and_describe(
             main_file=needs.main_file,
         ),
         context_length=plan.context_length,
-        valid_context=needs.valid_context,
+        valid_context=(first, last if made.last_context is None else min(last, made.last_context)),
         device_memory_bytes=plan.device_memory_bytes,
-        chat=chat,
+        chat=job.chat,
         limits=recipe.check,
         smoke=recipe.smoke,
         quality=quality,
         files=(),
-        notes=needs.notes,
+        notes=needs.notes + made.notes,
     )
-
-
-def check_artifact(
-    folder: Path, reference: str | None, console: Console, report: Report
-) -> Quality:
-    """Verify a sealed artifact's files and run the gate on it; GateError when it fails."""
-    manifest = artifact.read_manifest(folder)
-    with report.step("files") as step:
-        with console.progress("verify", manifest.size_bytes) as advance:
-            artifact.verify_files(folder, manifest.files, advance)
-        step.measured = f"{len(manifest.files)} files, {format_bytes(manifest.size_bytes)}"
-    recipe = _recipe_of(manifest)
-    with report.step("source") as step:
-        checkpoint = open_checked(reference or _source_of(manifest), console)
-        decoder = read_decoder(checkpoint.config)
-        checkpoint.check(decoder)
-        if checkpoint.fingerprint() != manifest.source.digest:
-            raise CheckpointError(
-                f"{checkpoint.folder}: not the checkpoint that {folder} was made from "
-                f"(its digest is not {manifest.source.digest[:12]}...)"
-            )
-        step.measured = str(checkpoint.folder)
-    with report.step("gate") as step:
-        return _gate(
-            folder, recipe, decoder, checkpoint, manifest.chat, manifest.context_length, True,
-            console, step,
-        )  # fmt: skip
-
-
-def _source_of(manifest: Manifest) -> str:
-    model = catalog.load_model(manifest.source.model)
-    if manifest.source.revision == LOCAL_REVISION:
-        raise CheckpointError(
-            f"{manifest.name} was made from a local folder, which its manifest does not name",
-            advice="give it with --checkpoint DIR",
-        )
-    return f"{model.id}@{manifest.source.revision}"
-
-
-def _recipe_of(manifest: Manifest) -> Recipe:
-    """The recipe as the manifest records it, so that a later edit of the file changes nothing."""
-    kind = formats.get(manifest.format).RECIPE
-    fields = {**manifest.plan, "name": manifest.name, "title": manifest.name}
-    recipe: Recipe = msgspec.convert(fields, kind)
-    return msgspec.structs.replace(recipe, check=manifest.limits, smoke=manifest.smoke)
-
-
-def _gate(
-    folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, chat: Chat,
-    context_length: int, check_logits: bool, console: Console, step: Step,
-) -> Quality:  # fmt: skip
-    """Run the gate and note in `step` what was measured, also when it fails."""
-    session = formats.get(recipe.format).open_session(folder)
-    try:
-        quality = run_gate(
-            session, checkpoint, decoder, chat, recipe.check,
-            check_logits=check_logits, smoke=recipe.smoke, console=console,
-            context_length=context_length,
-        )  # fmt: skip
-    except FailedGateError as error:
-        _note(step, error.quality, console)
-        raise
-    finally:
-        session.close()
-    _note(step, quality, console)
-    return quality
-
-
-def _note(step: Step, quality: Quality, console: Console) -> None:
-    limited = [measure for measure in quality.measures if measure.limit is not None]
-    step.measured = "\n".join(f"{measure.name} {measure.value:.3g}" for measure in limited)
-    step.limit = "\n".join(f"{measure.limit:g}" for measure in limited)
-    console.event("quality", **msgspec.to_builtins(quality))
-
-
-def _is_same(final: Path, plan: Plan, source: Source, options: Options) -> bool:
-    """True when the artifact at `final` is what would be built; ArtifactError when it is not."""
-    try:
-        found = artifact.read_manifest(final)
-    except ArtifactError:
-        found = None
-    if found and (found.plan_digest, found.source) == (plan.digest, source):
-        if found.quality.checked or not options.check:
-            return True
-        difference = "it was sealed without its check"
-    else:
-        difference = "another plan or source made it" if found else "it is not a sealed artifact"
-    if options.replace:
-        return False
-    raise ArtifactError(
-        f"{final} exists and differs: {difference}",
-        advice="choose another --out, remove it, or give --replace",
-    )
-
-
-def _check_free_disk(out: Path, plan: Plan) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(out).free
-    if free_bytes < plan.artifact_bytes:
-        raise BuildError(
-            f"{out}: {format_bytes(free_bytes)} free; the artifact takes "
-            f"{format_bytes(plan.artifact_bytes)}",
-            advice="free space or choose another --out",
-        )
-
-
-@contextmanager
-def _temporary(out: Path, name: str) -> Iterator[Path]:
-    """A folder beside the final one, gone again however the block ends; clears dead builds'."""
-    for stale in out.glob(f".{name}.*.partial"):
-        pid = stale.name.split(".")[-2]
-        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
-            shutil.rmtree(stale, ignore_errors=True)
-    folder = out / f".{name}.{os.getpid()}.partial"
-    folder.mkdir()
-    try:
-        yield folder
-    except OSError as error:
-        raise fileio.explain_write_error(error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync_and_list(folder: Path, console: Console) -> tuple[artifact.File, ...]:
-    """Make the content durable and hash it."""
-    paths = artifact.content_paths(folder)
-    with console.progress("seal", sum(path.stat().st_size for path in paths)) as advance:
-        for path in paths:
-            fileio.sync(path)
-        return artifact.list_files(folder, advance)
-
-
-def _publish(folder: Path, final: Path) -> None:
-    """Move the sealed folder to its final path; an artifact to replace steps aside first."""
-    fileio.sync_folder(folder)
-    aside = final.with_name(f".{final.name}.{os.getpid()}.old.partial")
-    if final.exists():
-        final.rename(aside)
-    folder.rename(final)
-    fileio.sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _tool_versions(format_name: str) -> dict[str, str]:

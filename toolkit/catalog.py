@@ -17,10 +17,22 @@ T = TypeVar("T")
 
 def load_recipe(name: str) -> Recipe:
     """Load a recipe by name or path; SettingsError when it is unknown or wrong."""
-    kinds = [formats.get(name).RECIPE for name in formats.names()]
-    union: Any = reduce(or_, kinds)
-    recipe: Recipe = _load("recipes", name, union)
+    recipe: Recipe = _load("recipes", name, _any_recipe())
     return recipe
+
+
+@cache
+def load_recipes(model: str) -> tuple[Recipe, ...]:
+    """Every bundled recipe of a model, in order of name."""
+    prefix = f"{model}-"  # recipes are named <model>-<format>-...
+    found = [load_recipe(name) for name in names("recipes") if name.startswith(prefix)]
+    return tuple(recipe for recipe in found if recipe.model == model)
+
+
+@cache
+def _any_recipe() -> Any:
+    """The union of the recipes of all formats."""
+    return reduce(or_, [formats.get(name).RECIPE for name in formats.names()])
 
 
 def load_target(name: str) -> Target:

@@ -1,7 +1,8 @@
 """The only module that prints: tables and progress for people, JSON lines for scripts."""
 
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import rich.box
@@ -13,6 +14,10 @@ import rich.table
 from toolkit.errors import PhishipError
 from toolkit.progress import Advance, ignore
 from toolkit.report import Report
+
+WORDS_SHOWN = 60  # beside a spinner
+WORDS_TOLD = 200  # in an event
+WAITING_EVENT_S = 1.0
 
 
 def format_bytes(count: float) -> str:
@@ -105,6 +110,43 @@ class Console:
         with bar:
             task = bar.add_task(rich.markup.escape(label), total=total_bytes)
             yield lambda count: bar.advance(task, count)
+
+    @contextmanager
+    def waiting(self, label: str) -> Iterator[Callable[[str], None]]:
+        """Show that a job of unknown length goes on; yields a function for its last words."""
+        if self.as_json:
+            yield self._json_waiting(label)
+            return
+        if not self._err.is_terminal:
+            yield lambda _: None
+            return
+        bar = rich.progress.Progress(
+            rich.progress.SpinnerColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("{task.fields[words]}", style="dim"),
+            console=self._err,
+            transient=True,
+        )
+        with bar:
+            task = bar.add_task(rich.markup.escape(label), total=None, words="")
+            yield lambda words: bar.update(task, words=rich.markup.escape(words[:WORDS_SHOWN]))
+
+    def _json_waiting(self, label: str) -> Callable[[str], None]:
+        """A `waiting` event whenever the last words changed, at most one in WAITING_EVENT_S."""
+        started_s = told_s = time.monotonic()
+        told = ""
+
+        def tell(words: str) -> None:
+            nonlocal told, told_s
+            now_s = time.monotonic()
+            if words != told and now_s - told_s >= WAITING_EVENT_S:
+                told, told_s = words, now_s
+                self.event(
+                    "waiting", label=label, elapsed_s=now_s - started_s, words=words[:WORDS_TOLD]
+                )
+
+        return tell
 
     def _json_progress(self, label: str, total_bytes: int) -> Advance:
         done_bytes = 0

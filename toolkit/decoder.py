@@ -1,6 +1,8 @@
 """A decoder's architecture as data: what formats and the reference forward need to know."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,12 @@ class Decoder:
         """Tensor that makes the logits: the embedding itself when tied."""
         return self.names.embedding if self.is_tied else self.names.head
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor of the decoder with its shape ([out, in] for linears), in order of use."""
+        return self._shapes
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         names, hidden = self.names, self.hidden
         shapes: dict[str, tuple[int, ...]] = {names.embedding: (self.vocab, hidden)}
         for layer in range(self.layers):
@@ -87,6 +93,10 @@ class Decoder:
         if not self.is_tied:
             shapes[names.head] = (self.vocab, hidden)
         return shapes
+
+    def with_long_rope(self) -> "Decoder":
+        """The same with LongRoPE's long factors at every length."""
+        return replace(self, rope=replace(self.rope, original_context=0))
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token adds to the cache."""

@@ -100,6 +100,12 @@ EXTRAS = {
     "gguf": "gguf",
     "sentencepiece": "gguf",
     "xllamacpp": "gguf",
+    "mlx": "mlx",
+    "mlx_lm": "mlx",
+    "openvino": "openvino",
+    "openvino_genai": "openvino",
+    "openvino_tokenizers": "openvino",
+    "transformers": "openvino",
     "asyncssh": "embedded",
 }
 

@@ -1,19 +1,22 @@
-"""What the looking commands show: lists, plans, probes, status."""
+"""What the looking commands show: lists, plans, probes, status, vendors."""
 
+import sys
 from pathlib import Path
 
 import msgspec
 
-from toolkit import catalog
-from toolkit.build import open_checked
+from toolkit import catalog, formats
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
+from toolkit.errors import SettingsError
 from toolkit.families import read_decoder
 from toolkit.plan import REST_BYTES, Plan, check_fit, make_plan, measure_rest
 from toolkit.recipe import Recipe
+from toolkit.source import open_source
 from toolkit.target import Target
+from toolkit.vendor.environment import Found, cache_folder, look, setup
 
 
 def show_list(kind: str, console: Console) -> None:
@@ -44,7 +47,7 @@ def show_plan(
     """Show the plan; PlanError when it does not fit the target."""
     recipe = catalog.load_recipe(recipe_name)
     target = catalog.load_target(target_name) if target_name else None
-    opened = open_checked(checkpoint, console) if checkpoint else None
+    opened = open_source(checkpoint, console) if checkpoint else None
     plan = make_plan(
         recipe,
         _decoder(recipe, opened),
@@ -141,3 +144,34 @@ def show_status(device_name: str, devices_file: Path | None, console: Console) -
     console.event("status", device=device_name, **found)
     rows = [[key, _text(value)] for key, value in found.items() if value not in (None, "")]
     console.table(f"status {device_name}", ["", ""], rows)
+
+
+def show_vendors(console: Console) -> None:
+    """Show each vendor's environment: is it there, how large, which versions."""
+    rows = []
+    for name in formats.names_with_vendor():
+        vendor = formats.get_vendor(name).VENDOR
+        found = look(vendor)
+        versions = {n: found.versions[n] for n in vendor.packages if n in found.versions}
+        console.event("vendor", name=name, versions=versions, **_fields(found))
+        tools = ", ".join(f"{package} {version}" for package, version in versions.items())
+        rows.append([name, found.state, format_bytes(found.size_bytes), tools or vendor.title])
+    console.table("", ["vendor", "state", "size", "tools"], rows)
+    console.note(f"in {cache_folder()}; remove a folder there to free its space")
+
+
+def setup_vendor(name: str, python: str | None, again: bool, console: Console) -> None:
+    """Make a vendor's environment, or say that it is there; SettingsError for an unknown name."""
+    if name not in formats.names_with_vendor():
+        raise SettingsError(
+            f"{name!r} is no vendor; allowed {', '.join(formats.names_with_vendor())}"
+        )
+    vendor = formats.get_vendor(name).VENDOR
+    made = setup(vendor, console, python=python or sys.executable, again=again)
+    found = look(vendor)
+    console.event("vendor", name=name, **_fields(found))
+    console.result(f"{vendor.title}: {made.folder}, {format_bytes(found.size_bytes)}")
+
+
+def _fields(found: Found) -> dict[str, object]:
+    return {"state": found.state, "folder": str(found.folder), "size_bytes": found.size_bytes}

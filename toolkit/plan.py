@@ -168,19 +168,16 @@ def _what_fits(plan: Plan, target: Target) -> list[str]:
     if way in target.runs and 0 < context < plan.context_length:
         advice.append(f"--context {context} would fit")
     others = [
-        name
-        for name in catalog.names("recipes")
-        if name != plan.recipe.name and _would_fit(name, plan, target)
+        recipe.name
+        for recipe in catalog.load_recipes(plan.recipe.model)
+        if recipe.name != plan.recipe.name and _would_fit(recipe, plan, target)
     ]
     if others:
         advice.append(f"these recipes would fit: {', '.join(others)}")
     return advice
 
 
-def _would_fit(name: str, plan: Plan, target: Target) -> bool:
-    recipe = catalog.load_recipe(name)
-    if recipe.model != plan.recipe.model:
-        return False
+def _would_fit(recipe: Recipe, plan: Plan, target: Target) -> bool:
     try:
         return not find_problem(make_plan(recipe, plan.decoder), target)
     except PhishipError:

@@ -1,20 +1,29 @@
 """A recipe: what to build. Each format adds its own fields in formats/<name>/recipe.py."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from toolkit.artifact import Limits, Smoke
 
+Engine = Literal["native", "vendor"]
+BESIDE_THE_BYTES = ("name", "title", "first_choice", "check", "smoke")
+
 
 class Recipe(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="format"
 ):
-    """What every recipe has; `name` is the file's own name, never written in it."""
+    """What every recipe has; `name` is the file's own name, never written in it.
+
+    `engine` vendor has the vendor's own converter make the artifact, in an environment of its own.
+    `first_choice` recipes are what `ship` takes before the others of their format.
+    """
 
     name: str = ""
     model: str
     title: str
+    engine: Engine = "native"
+    first_choice: bool = False
     context_length: int | None = None
     check: Limits = Limits()
     smoke: Smoke | None = None
@@ -24,7 +33,11 @@ class Recipe(
         """Name of the output format."""
         return str(self.__struct_config__.tag)
 
+    def with_engine(self, engine: Engine) -> "Recipe":
+        """The same recipe, made by another engine."""
+        return msgspec.structs.replace(self, engine=engine)
+
     def settings(self) -> dict[str, Any]:
         """The fields that change the artifact's bytes, defaults filled in."""
         fields: dict[str, Any] = msgspec.to_builtins(self)
-        return {k: v for k, v in fields.items() if k not in ("name", "title", "check", "smoke")}
+        return {key: value for key, value in fields.items() if key not in BESIDE_THE_BYTES}

@@ -6,8 +6,7 @@ import msgspec
 
 from toolkit import catalog
 from toolkit.artifact import Smoke
-from toolkit.build import Options, build, open_checked
-from toolkit.checkpoint.config import Config
+from toolkit.build import Options, build
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
 from toolkit.deploy import DISK_RESERVE_BYTES, deploy, probe
@@ -17,11 +16,13 @@ from toolkit.families import read_decoder
 from toolkit.plan import Plan, make_plan
 from toolkit.recipe import Recipe
 from toolkit.report import Report
+from toolkit.source import find_model, open_source
 
 # Best way first, for a device whose target is not named in devices.yaml. On ARM llama.cpp repacks
 # Q4_0 for the processor's dot products; on x86-64 onnxruntime's int8 kernels are the faster ones.
-X86_WAYS = ("onnx/cpu", "gguf/cpu")
+X86_WAYS = ("onnx/cpu", "openvino/cpu", "gguf/cpu")
 ARM_WAYS = ("gguf/cpu", "onnx/cpu")
+MAC_WAYS = ("mlx/metal", "gguf/cpu", "onnx/cpu")
 
 
 def ship(
@@ -31,7 +32,7 @@ def ship(
     """Do it all; every step goes into `report`. Raises what the failing step raises."""
     device = resolve_device(device_name, devices_file)
     with report.step("read checkpoint") as step:
-        checkpoint = open_checked(reference, console)
+        checkpoint = open_source(reference, console)
         decoder = read_decoder(checkpoint.config)
         step.measured = f"{checkpoint.folder}: {decoder.layers} layers x {decoder.hidden}"
     with report.step("probe device") as step:
@@ -53,12 +54,16 @@ def ship(
 
 
 def choose(model: str, decoder: Decoder, device: Device, facts: Facts, options: Options) -> Recipe:
-    """The smallest recipe of the best way that fits the device; PlanError says why none does."""
+    """The best way's recipe that fits the device, its first choice or else the smallest.
+
+    PlanError says why none fits.
+    """
     engines: dict[str, bool] = {}
     obstacles = []
     for way in _ways(device, facts):
         candidates = sorted(
-            _candidates(model, way, decoder, options), key=lambda plan: plan.device_memory_bytes
+            _candidates(model, way, decoder, options),
+            key=lambda plan: (not plan.recipe.first_choice, plan.device_memory_bytes),
         )
         for plan in candidates:
             engine = plan.needs.engine
@@ -75,43 +80,18 @@ def choose(model: str, decoder: Decoder, device: Device, facts: Facts, options: 
     )
 
 
-def find_model(decoder: Decoder, hint: str) -> str:
-    """Name of the bundled model with this checkpoint's shape; PlanError when there is none.
-
-    Where two have the same shape (3-mini-128k and 3.5-mini), `hint`, the checkpoint's id or path,
-    decides; their recipes make the same bytes.
-    """
-    found = {}
-    for name in catalog.names("models"):
-        model = catalog.load_model(name)
-        if _shape(read_decoder(Config(name, model.config))) == _shape(decoder):
-            found[name] = model.id.rpartition("/")[2].lower()
-    if not found:
-        raise PlanError(
-            f"no bundled model has this checkpoint's shape ({decoder.layers} layers x "
-            f"{decoder.hidden}, vocabulary {decoder.vocab}, context {decoder.context})",
-            advice="name a recipe with --recipe: any whose format you want works",
-        )
-    named = [name for name, tail in found.items() if tail in hint.lower()]
-    return (named or list(found))[0]
-
-
-def _shape(decoder: Decoder) -> tuple[object, ...]:
-    """What tells the models apart."""
-    return (decoder.shapes(), decoder.context, decoder.kv_heads, decoder.window)
-
-
 def _ways(device: Device, facts: Facts) -> tuple[str, ...]:
     if device.target:
         return catalog.load_target(device.target).runs
-    return X86_WAYS if facts.machine.lower() in ("x86_64", "amd64") else ARM_WAYS
+    if facts.machine.lower() in ("x86_64", "amd64"):
+        return X86_WAYS
+    return MAC_WAYS if facts.system == "Darwin" else ARM_WAYS
 
 
 def _candidates(model: str, way: str, decoder: Decoder, options: Options) -> list[Plan]:
     plans = []
-    for name in catalog.names("recipes"):
-        recipe = catalog.load_recipe(name)
-        if recipe.model != model or recipe.format != way.partition("/")[0]:
+    for recipe in catalog.load_recipes(model):
+        if recipe.format != way.partition("/")[0]:
             continue
         try:
             plan = make_plan(recipe, decoder, context_length=options.context_length)

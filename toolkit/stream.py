@@ -8,9 +8,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -22,12 +22,10 @@ from numpy.typing import NDArray
 from toolkit import fileio
 from toolkit.checkpoint import Checkpoint
 from toolkit.errors import BuildError, CheckpointError, PhishipError
-from toolkit.progress import Advance
+from toolkit.progress import Advance, ignore
 
 TASK_WEIGHTS = 1 << 23
 ALONE_BELOW_WEIGHTS = 1 << 25
-# What a worker answers: the bytes read, or the error as (class, message, advice).
-Answer = int | tuple[type[PhishipError], str, str]
 
 
 class Encoder(Protocol):
@@ -87,26 +85,109 @@ def write_rows(descriptor: int, rows: NDArray[Any], row: int, offset: int) -> No
     fileio.write_at(descriptor, view, offset + row * (len(view) // len(rows)))
 
 
-def stream(
-    checkpoint: Checkpoint, data: DataFile, path: Path, base: int, workers: int, advance: Advance
-) -> None:
-    """Fill `path` (already at its full size) from the checkpoint; `base` is the header's length.
+@dataclass(frozen=True)
+class Output:
+    """A data file to fill: already at its full size, `base` is the length of its header.
 
-    `advance` is told the bytes read. Raises what a worker raised; BuildError when one died.
+    `done` holds the numbers of the tasks that an earlier, killed run finished; `record` is told the
+    number of each that is finished now.
     """
-    descriptor = fileio.open_to_write(path)
+
+    data: DataFile
+    path: Path
+    base: int = 0
+    done: Container[int] = ()
+    record: Advance = ignore
+
+
+def stream(
+    checkpoint: Checkpoint, outputs: Sequence[Output], workers: int, advance: Advance
+) -> dict[int, PhishipError]:
+    """Fill every output in one pass over the checkpoint; returns the errors by output's index.
+
+    Rows are taken in the checkpoint's order and go to all outputs one after the other, so that the
+    disk is read once. An output whose weights cannot be held, or whose disk is full, is given up
+    alone; when none is left its error is raised. `advance` is told the bytes read for each.
+    BuildError when a worker died.
+    """
+    for output in outputs:
+        _write_constants(output)
+    tasks = list(_list_tasks(checkpoint, outputs))
+    progress = _Progress(outputs, advance)
+    paths = [output.path for output in outputs]
+    weights = sum(output.data.weights for output in outputs)
+    if workers <= 1 or weights < ALONE_BELOW_WEIGHTS:
+        with _Work(checkpoint.folder, paths) as work:
+            for task in progress.filter(tasks):
+                progress.take(work.run(task))
+    else:
+        _run_in_processes(partial(_serve, checkpoint.folder, paths), tasks, workers, progress)
+    if len(progress.errors) == len(outputs):
+        raise next(iter(progress.errors.values()))
+    return progress.errors
+
+
+def _write_constants(output: Output) -> None:
+    descriptor = fileio.open_to_write(output.path)
     try:
-        for constant in data.constants:
-            fileio.write_at(descriptor, fileio.as_bytes(constant.make()), base + constant.offset)
+        for constant in output.data.constants:
+            view = fileio.as_bytes(constant.make())
+            fileio.write_at(descriptor, view, output.base + constant.offset)
     finally:
         os.close(descriptor)
-    tasks = list(_split(data.pieces, base))
-    if workers <= 1 or data.weights < ALONE_BELOW_WEIGHTS:
-        with _Work(checkpoint.folder, path) as work:
-            for task in tasks:
-                advance(work.run(task))
-    else:
-        _run_in_processes(partial(_serve, checkpoint.folder, path), tasks, workers, advance)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part of a piece, for one output; `number` counts the output's tasks in its own order."""
+
+    output: int
+    number: int
+    piece: Piece
+
+
+def _list_tasks(checkpoint: Checkpoint, outputs: Sequence[Output]) -> list[Task]:
+    """Everything still to do, in the order in which the checkpoint's files hold it."""
+    places = {name: (info.file, info.offset) for name, info in checkpoint.tensors.items()}
+    tasks = [
+        Task(index, number, piece)
+        for index, output in enumerate(outputs)
+        for number, piece in enumerate(_split(output.data.pieces, output.base))
+        if number not in output.done
+    ]
+    return sorted(tasks, key=lambda task: (places[task.piece.tensor], task.piece.start))
+
+
+@dataclass
+class _Progress:
+    """What has been done, and what went wrong, by output."""
+
+    outputs: Sequence[Output]
+    advance: Advance
+    errors: dict[int, PhishipError] = field(default_factory=dict)
+
+    def filter(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """Leave out what belongs to an output that was given up meanwhile."""
+        return (task for task in tasks if task.output not in self.errors)
+
+    def take(self, answer: "Answer") -> None:
+        """Note a finished task, or the error that gives its output up."""
+        if answer.error is None:
+            self.outputs[answer.output].record(answer.number)
+            self.advance(answer.read_bytes)
+        elif answer.output not in self.errors:
+            kind, message, advice = answer.error
+            self.errors[answer.output] = kind(message, advice=advice)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a task; an error travels as (class, message, advice)."""
+
+    output: int
+    number: int
+    read_bytes: int = 0
+    error: tuple[type[PhishipError], str, str] | None = None
 
 
 def _split(pieces: Sequence[Piece], base: int) -> Iterator[Piece]:
@@ -120,48 +201,51 @@ def _split(pieces: Sequence[Piece], base: int) -> Iterator[Piece]:
 
 
 class _Work:
-    """The two open ends of a worker: checkpoint and data file."""
+    """The open ends of a worker: checkpoint and data files."""
 
-    def __init__(self, folder: Path, path: Path) -> None:
+    def __init__(self, folder: Path, paths: Sequence[Path]) -> None:
         self.checkpoint = Checkpoint.open(folder)
-        self.descriptor = fileio.open_to_write(path)
+        self.descriptors = [fileio.open_to_write(path) for path in paths]
 
     def __enter__(self) -> "_Work":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.checkpoint.close()
-        os.close(self.descriptor)
+        for descriptor in self.descriptors:
+            os.close(descriptor)
 
-    def run(self, task: Piece) -> int:
-        """Do one task; returns the bytes read."""
+    def run(self, task: Task) -> Answer:
+        """Do one task."""
+        try:
+            read_bytes = self._copy(task.piece, self.descriptors[task.output])
+        except PhishipError as error:
+            kept = (type(error), str(error), error.advice)
+            return Answer(task.output, task.number, error=kept)
+        return Answer(task.output, task.number, read_bytes)
+
+    def _copy(self, piece: Piece, descriptor: int) -> int:
         read_bytes = 0
-        for row, raw in self.checkpoint.read_rows(task.tensor, task.start, task.rows):
+        for row, raw in self.checkpoint.read_rows(piece.tensor, piece.start, piece.rows):
             try:
-                output_row = task.first + row - task.start
-                task.encoder.write(self.descriptor, raw, output_row, task.offsets)
+                piece.encoder.write(descriptor, raw, piece.first + row - piece.start, piece.offsets)
             except ValueError as error:
-                raise CheckpointError(
-                    f"{self.checkpoint.folder}: {task.tensor}: {error}"
-                ) from error
+                where = f"{self.checkpoint.folder}: {piece.tensor}"
+                raise CheckpointError(f"{where}: {error}") from error
             read_bytes += raw.nbytes
         return read_bytes
 
 
-def _serve(folder: Path, path: Path, parent: Connection) -> None:
-    """Worker process: answer each task with the bytes read, or with the error."""
+def _serve(folder: Path, paths: Sequence[Path], parent: Connection) -> None:
+    """Worker process: do tasks until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with _Work(folder, path) as work, suppress(EOFError, BrokenPipeError):  # The parent is gone.
+    with _Work(folder, paths) as work, suppress(EOFError, BrokenPipeError):  # The parent is gone.
         while (task := parent.recv()) is not None:
-            try:
-                answer: Answer = work.run(task)
-            except PhishipError as error:
-                answer = (type(error), str(error), error.advice)
-            parent.send(answer)
+            parent.send(work.run(task))
 
 
 def _run_in_processes(
-    serve: Callable[[Connection], None], tasks: list[Piece], workers: int, advance: Advance
+    serve: Callable[[Connection], None], tasks: list[Task], workers: int, progress: _Progress
 ) -> None:
     """Hand tasks to spawned processes as they become free; stop all of them on any way out."""
     context = multiprocessing.get_context("spawn")
@@ -174,7 +258,7 @@ def _run_in_processes(
                 process.start()
                 workers_by_end[ours] = process
             theirs.close()
-        _feed(workers_by_end, iter(tasks), advance)
+        _feed(workers_by_end, progress.filter(tasks), progress)
         for worker in workers_by_end.values():
             worker.join()
     finally:
@@ -208,7 +292,7 @@ def _interrupt_held_back() -> Iterator[None]:
 
 
 def _feed(
-    workers_by_end: Mapping[Connection, BaseProcess], queue: Iterator[Piece], advance: Advance
+    workers_by_end: Mapping[Connection, BaseProcess], queue: Iterator[Task], progress: _Progress
 ) -> None:
     open_ends = list(workers_by_end)
     for end in open_ends:
@@ -216,20 +300,16 @@ def _feed(
     while open_ends:
         for end in cast("list[Connection]", wait(open_ends)):
             try:
-                answer: Answer = end.recv()
+                progress.take(end.recv())
             except (EOFError, OSError):
                 raise _explain_death(workers_by_end[end]) from None
-            if isinstance(answer, tuple):
-                kind, message, advice = answer
-                raise kind(message, advice=advice)
-            advance(answer)
             task = next(queue, None)
             _hand_over(end, workers_by_end[end], task)
             if task is None:
                 open_ends.remove(end)
 
 
-def _hand_over(end: Connection, process: BaseProcess, task: Piece | None) -> None:
+def _hand_over(end: Connection, process: BaseProcess, task: Task | None) -> None:
     try:
         end.send(task)
     except OSError:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.cli.commands import events, run, start
-from toolkit import artifact
+from toolkit import artifact, catalog
 from toolkit.artifact import read_manifest
 from toolkit.errors import (
     ArtifactError,
@@ -283,3 +283,73 @@ def test_a_missing_extra_says_what_to_install(example: Path, tmp_path: Path) -> 
     assert done.returncode == MissingExtraError.exit_code
     assert "pip install 'phiship[onnx]'" in done.stderr
     assert leftovers(tmp_path / "o") == []
+
+
+def test_all_recipes_of_a_model_in_one_pass(example: Path, tmp_path: Path) -> None:
+    """Each as it is alone; what is there already is kept, and so is what a kill left finished."""
+    arguments = ["build", "--all", "--checkpoint", str(example), "--out", str(tmp_path)]
+    formats = ["--format", "onnx", "--format", "gguf"]
+    done = run(*arguments, *formats, "--json")
+    assert done.returncode == 0, done.stderr + done.stdout
+    built = {e["name"]: Path(e["path"]) for e in events(done) if e["event"] == "artifact"}
+    expected = [
+        n for n in catalog.names("recipes") if n.startswith(("tiny-phi3-onnx", "tiny-phi3-gguf"))
+    ]
+    assert sorted(built) == expected
+    alone = build(RECIPES[1], example, tmp_path / "alone")
+    assert alone.returncode == 0
+    found, one = read_manifest(built[RECIPES[1]]), read_manifest(tmp_path / "alone" / RECIPES[1])
+    assert found.files == one.files
+    shutil.rmtree(built[RECIPES[0]])
+    again = events(run(*arguments, *formats, "--json"))
+    steps = [e["name"] for e in again if e["event"] == "step"]
+    assert [s for s in steps if s.startswith("keep")] == [
+        f"keep: {name}" for name in expected if name != RECIPES[0]
+    ]
+    assert f"seal: {RECIPES[0]}" in steps
+
+
+def test_one_artifact_that_fails_does_not_stop_the_others(copied: Path, tmp_path: Path) -> None:
+    """A weight that float16 cannot hold: GGUF's scales cannot either, ONNX's float32 ones can."""
+    path = copied / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    start = 8 + int.from_bytes(content[:8], "little")
+    offset = start + header["model.layers.0.mlp.down_proj.weight"]["data_offsets"][0]
+    content[offset : offset + 2] = (0x4F00).to_bytes(2, "little")  # 2^31
+    path.write_bytes(content)
+    out = tmp_path / "out"
+    done = run(
+        "build", "--all", "--format", "onnx", "--format", "gguf", "--no-check",
+        "--checkpoint", str(copied), "--out", str(out), "--json",
+    )  # fmt: skip
+    assert done.returncode == BuildError.exit_code
+    assert "3 of 4 artifacts were not built" in events(done)[-1]["message"]
+    assert leftovers(out) == ["tiny-phi3-onnx-cpu-int4"]
+
+
+def test_a_killed_build_is_gone_on_with(example: Path, tmp_path: Path) -> None:
+    """Tasks that the killed build finished are not done again; the bytes are the same."""
+    out = tmp_path / "out"
+    process = start("build", RECIPES[0], "--checkpoint", str(example), "--out", str(out))
+    journal = None
+    while journal is None or len(journal.read_text().splitlines()) < 5:
+        assert process.poll() is None, "the build ended before it could be killed"
+        journal = next(iter(out.glob(".*.partial/.journal")), None)
+    process.kill()
+    process.wait()
+    assert leftovers(out)[0].endswith(".partial")
+    resumed_build = build(RECIPES[0], example, out)
+    assert resumed_build.returncode == 0
+    (convert,) = [e for e in events(resumed_build) if e.get("name") == "convert"]
+    assert "a killed build had finished" in convert["measured"]
+    assert leftovers(out) == [RECIPES[0]]
+    assert build(RECIPES[0], example, tmp_path / "fresh").returncode == 0
+    resumed, fresh = (read_manifest(f / RECIPES[0]).files for f in (out, tmp_path / "fresh"))
+    assert resumed == fresh
+
+
+@pytest.mark.parametrize("arguments", [[], ["--all", RECIPES[0]], ["--format", "onnx", RECIPES[0]]])
+def test_one_recipe_or_all(arguments: list[str], example: Path) -> None:
+    done = run("build", *arguments, "--checkpoint", str(example))
+    assert done.returncode == 2

@@ -50,7 +50,8 @@ def test_recipe_names_follow_the_pattern() -> None:
     models = "|".join(map(re.escape, catalog.names("models")))
     for name in catalog.names("recipes"):
         recipe = catalog.load_recipe(name)
-        assert re.fullmatch(rf"({models})-(onnx-(cpu|cuda)|gguf)-[a-z0-9_-]+", name), name
+        kinds = "onnx-(cpu|cuda)|gguf|openvino|mlx"
+        assert re.fullmatch(rf"({models})-({kinds})-[a-z0-9_-]+", name), name
         assert name.startswith(f"{recipe.model}-{recipe.format}")
 
 

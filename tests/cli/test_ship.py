@@ -7,7 +7,12 @@ import pytest
 from tests.cli.commands import events, run
 from toolkit.errors import ArtifactError, PlanError, SmokeError
 
-RECIPES = ["tiny-phi3-onnx-cpu-int4", "tiny-phi3-gguf-q4_0"]
+RECIPES = [
+    "tiny-phi3-onnx-cpu-int4",
+    "tiny-phi3-gguf-q4_0",
+    "tiny-phi3-openvino-int4",
+    "tiny-phi3-mlx-4bit",
+]
 
 
 def step(done: object, name: str) -> dict[str, object]:

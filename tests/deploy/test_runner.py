@@ -17,7 +17,7 @@ from toolkit.runner.failure import Failure
 from toolkit.runner.generate import bound_context
 from toolkit.runner.manifest import Chat
 
-FORMATS = ("onnx", "gguf")
+FORMATS = ("onnx", "gguf", "openvino", "mlx")
 FIELDS = {
     "text": str,
     "prompt_tokens": int,
@@ -146,7 +146,10 @@ def test_damaged_model_is_a_sentence(
 def test_unknown_engine(artifacts: dict[str, Path], change: Callable[..., Path]) -> None:
     runtime = read_manifest(artifacts["onnx"]).runtime
     changed = change(artifacts["onnx"], runtime=msgspec.structs.replace(runtime, engine="abacus"))
-    assert "allowed: llama_cpp, onnxruntime_genai" in ask(changed, "Hello")["error"]["message"]
+    assert (
+        "allowed: llama_cpp, mlx_lm, onnxruntime_genai, openvino_genai"
+        in ask(changed, "Hello")["error"]["message"]
+    )
 
 
 def test_folder_without_manifest(tmp_path: Path) -> None:

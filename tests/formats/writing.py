@@ -6,8 +6,9 @@ from toolkit import fileio, formats
 from toolkit.checkpoint import Checkpoint
 from toolkit.families import read_decoder
 from toolkit.plan import make_plan
+from toolkit.progress import ignore
 from toolkit.recipe import Recipe
-from toolkit.stream import stream
+from toolkit.stream import Output, stream
 
 
 def write_artifact(recipe: Recipe, checkpoint: Checkpoint, folder: Path, workers: int = 1) -> None:
@@ -19,5 +20,5 @@ def write_artifact(recipe: Recipe, checkpoint: Checkpoint, folder: Path, workers
     path = folder / plan.data.name
     fileio.reserve(path, len(header) + plan.data.size_bytes)
     fileio.write_start(path, header)
-    stream(checkpoint, plan.data, path, len(header), workers, lambda _: None)
+    stream(checkpoint, [Output(plan.data, path, len(header))], workers, ignore)
     module.write_rest(folder, recipe, decoder, checkpoint, plan.context_length)

@@ -24,7 +24,7 @@ from toolkit.quality.gate import FailedGateError, run_gate
 from toolkit.report import Report
 from toolkit.runner.engines import llama_cpp
 
-FORMATS = ("onnx", "gguf")
+FORMATS = ("onnx", "gguf", "openvino", "mlx")
 
 
 @contextmanager

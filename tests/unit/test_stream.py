@@ -116,7 +116,7 @@ def write(
     path = folder / f"data-{workers}"
     fileio.reserve(path, HEADER_BYTES + data.size_bytes)
     told: list[int] = []
-    stream.stream(checkpoint, data, path, HEADER_BYTES, workers, told.append)
+    stream.stream(checkpoint, [stream.Output(data, path, HEADER_BYTES)], workers, told.append)
     return path.read_bytes(), sum(told)
 
 
@@ -238,7 +238,7 @@ def main(folder: str, out: str, kind: str, workers: str, limit_bytes: str) -> No
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit_bytes), int(limit_bytes)))
-    stream.stream(checkpoint, data, Path(out), 0, int(workers), lambda _: None)
+    stream.stream(checkpoint, [stream.Output(data, Path(out))], int(workers), lambda _: None)
 
 
 Process: TypeAlias = "subprocess.Popen[str]"
@@ -352,3 +352,62 @@ def test_full_disk(start: Start, workers: int) -> None:
     errors = process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == 1
     assert "BuildError: " in errors.splitlines()[-1] and "the disk is full" in errors
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_several_outputs_in_one_pass_are_what_each_is_alone(
+    checkpoint: Checkpoint, tmp_path: Path, workers: int
+) -> None:
+    encoders: list[stream.Encoder] = [Copy(), Halves(), Copy()]
+    layouts = [lay_out(checkpoint, encoder) for encoder in encoders]
+    outputs = []
+    for index, data in enumerate(layouts):
+        path = tmp_path / str(index)
+        fileio.reserve(path, HEADER_BYTES + data.size_bytes)
+        outputs.append(stream.Output(data, path, HEADER_BYTES))
+    told: list[int] = []
+    assert stream.stream(checkpoint, outputs, workers, told.append) == {}
+    alone = []
+    for index, data in enumerate(layouts[:2]):
+        (tmp_path / f"alone-{index}").mkdir()
+        alone.append(write(checkpoint, data, tmp_path / f"alone-{index}", 1)[0])
+    assert [output.path.read_bytes() for output in outputs] == [*alone, alone[0]]
+    assert sum(told) == 3 * len(source_bytes(checkpoint))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_output_that_fails_is_given_up_alone(
+    checkpoint: Checkpoint, tmp_path: Path, workers: int
+) -> None:
+    outputs = []
+    for name, encoder in (("good", Copy()), ("bad", Refuse())):
+        data = lay_out(checkpoint, encoder)
+        fileio.reserve(tmp_path / name, data.size_bytes)
+        outputs.append(stream.Output(data, tmp_path / name))
+    errors = stream.stream(checkpoint, outputs, workers, lambda _: None)
+    assert list(errors) == [1]
+    assert isinstance(errors[1], CheckpointError)
+    assert (tmp_path / "good").read_bytes() == source_bytes(checkpoint)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tasks_that_were_done_before_are_left_out(
+    checkpoint: Checkpoint, tmp_path: Path, workers: int
+) -> None:
+    data = lay_out(checkpoint, Copy())
+    path = tmp_path / "data"
+    recorded: list[int] = []
+    for done in (set(), set(range(1, 1000, 2))):
+        path.unlink(missing_ok=True)
+        fileio.reserve(path, data.size_bytes)
+        recorded = []
+        output = stream.Output(data, path, done=done, record=recorded.append)
+        stream.stream(checkpoint, [output], workers, lambda _: None)
+    assert sorted(recorded) == list(range(0, 2 * len(recorded), 2))
+    assert len(recorded) > 3
+    first = data.pieces[0]
+    step = max(1, SMALL_TASK_WEIGHTS // first.columns)
+    row_bytes = first.columns * 2
+    content = path.read_bytes()
+    assert content[: step * row_bytes] == source_bytes(checkpoint)[: step * row_bytes]
+    assert not any(content[step * row_bytes : 2 * step * row_bytes])

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -13,6 +14,7 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
+from toolkit.vendor import Export, Places, Vendor
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class RuntimeNeeds:
 
     `overhead_bytes` is the engine with its work buffers, measured with the bundled example.
     `valid_context` is the range of sequence lengths that agree with the source.
+    `always_long_rope`: the runtime has LongRoPE's long factors at every length; the gate compares
+    with a source that has them too.
     """
 
     engine: str
@@ -31,6 +35,7 @@ class RuntimeNeeds:
     overhead_bytes: int
     valid_context: tuple[int, int]
     notes: tuple[str, ...] = ()
+    always_long_rope: bool = False
 
 
 class Session(Protocol):
@@ -89,6 +94,20 @@ class Format(Protocol):
         """Open the artifact in its own runtime; MissingExtraError when that is not installed."""
 
 
+class Exporter(Protocol):
+    """What formats/<name>/vendor.py offers: the vendor's own converter, run as a program."""
+
+    VENDOR: Vendor
+
+    def plan_export(
+        self, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, places: Places
+    ) -> Export:
+        """The commands that make the artifact, as values; PlanError when the vendor cannot."""
+
+    def dequantize(self, folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Read the vendor's artifact back: (checkpoint name, float32)."""
+
+
 def names() -> list[str]:
     """Names of all formats: the packages in this folder."""
     return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.ispkg)
@@ -97,3 +116,13 @@ def names() -> list[str]:
 def get(name: str) -> Format:
     """The format's module."""
     return cast(Format, importlib.import_module(f"{__name__}.{name}"))
+
+
+def names_with_vendor() -> list[str]:
+    """Names of the formats whose vendor's exporter can be run."""
+    return [name for name in names() if find_spec(f"{__name__}.{name}.vendor")]
+
+
+def get_vendor(name: str) -> Exporter:
+    """The format's vendor module."""
+    return cast(Exporter, importlib.import_module(f"{__name__}.{name}.vendor"))

@@ -12,7 +12,6 @@ from typing import Any
 import jinja2
 import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
 
 from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint

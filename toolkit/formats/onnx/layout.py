@@ -70,7 +70,7 @@ class Layout:
     def add_linear(
         self, name: str, source: str, start: int, rows: int, columns: int, bits: int
     ) -> None:
-        """Rows of an [out, in] matrix: blocks for MatMulNBits, with 0 bits transposed for MatMul."""
+        """Rows of an [out, in] matrix: blocks for MatMulNBits, or with 0 bits transposed."""
         if bits:
             shape = (rows, columns // self.recipe.quantization.block_size, -1)
             self.add_blocks(name, source, start, shape, bits)

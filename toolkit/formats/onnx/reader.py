@@ -1,6 +1,6 @@
 """Read an artifact back with onnx's own reader and dequantize it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,14 @@ from toolkit.decoder import Decoder
 from toolkit.errors import require
 
 
-def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield (checkpoint name, float32 weights) for every tensor of the decoder."""
-    weights = _Weights(folder)
+def dequantize(
+    folder: Path, decoder: Decoder, rename: Callable[[str], str] = str
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield (checkpoint name, float32 weights) for every tensor of the decoder.
+
+    `rename` turns another converter's names of nodes and initializers into this project's.
+    """
+    weights = _Weights(folder, rename)
     names = decoder.names
     yield names.embedding, weights.embedding()
     for layer in range(decoder.layers):
@@ -38,12 +43,13 @@ def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np
 class _Weights:
     """Initializers by name, read one at a time; nodes say how each is coded."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rename: Callable[[str], str]) -> None:
         self._onnx = require("onnx")
         self._folder = folder
         model = self._onnx.load(str(folder / "model.onnx"), load_external_data=False)
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._nodes = {node.name: node for node in model.graph.node}
+        self._tensors |= {rename(name): tensor for name, tensor in self._tensors.items()}
+        self._nodes = {rename(node.name): node for node in model.graph.node}
 
     def plain(self, name: str) -> NDArray[np.float32]:
         """A float tensor as float32."""

@@ -1,0 +1,55 @@
+"""The checkpoint that is built from: opened or fetched, and which bundled model it is."""
+
+from collections.abc import Collection
+
+from toolkit import catalog, formats
+from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.config import Config
+from toolkit.checkpoint.hub import resolve
+from toolkit.console import Console
+from toolkit.decoder import Decoder
+from toolkit.errors import PlanError, SettingsError
+from toolkit.families import read_decoder
+from toolkit.recipe import Recipe
+
+
+def open_source(reference: str, console: Console) -> Checkpoint:
+    """Open a folder or fetch a Hugging Face id; what cannot be built is refused before a fetch."""
+    return resolve(reference, console, accept=read_decoder)
+
+
+def list_recipes(checkpoint: Checkpoint, reference: str, kinds: Collection[str]) -> list[Recipe]:
+    """Every bundled recipe of the checkpoint's model, of these formats or of all.
+
+    `reference` is the id or path it was given by. SettingsError for a format that is unknown.
+    """
+    if unknown := sorted(set(kinds) - set(formats.names())):
+        raise SettingsError(f"--format {unknown[0]}: unknown; allowed {', '.join(formats.names())}")
+    model = find_model(read_decoder(checkpoint.config), reference)
+    return [one for one in catalog.load_recipes(model) if not kinds or one.format in kinds]
+
+
+def find_model(decoder: Decoder, hint: str) -> str:
+    """Name of the bundled model with this checkpoint's shape; PlanError when there is none.
+
+    Where two have the same shape (3-mini-128k and 3.5-mini), `hint`, the checkpoint's id or path,
+    decides; their recipes make the same bytes.
+    """
+    found = {}
+    for name in catalog.names("models"):
+        model = catalog.load_model(name)
+        if _shape(read_decoder(Config(name, model.config))) == _shape(decoder):
+            found[name] = model.id.rpartition("/")[2].lower()
+    if not found:
+        raise PlanError(
+            f"no bundled model has this checkpoint's shape ({decoder.layers} layers x "
+            f"{decoder.hidden}, vocabulary {decoder.vocab}, context {decoder.context})",
+            advice="name a recipe with --recipe: any whose format you want works",
+        )
+    named = [name for name, tail in found.items() if tail in hint.lower()]
+    return (named or list(found))[0]
+
+
+def _shape(decoder: Decoder) -> tuple[object, ...]:
+    """What tells the models apart."""
+    return (decoder.shapes(), decoder.context, decoder.kv_heads, decoder.window)
