@@ -233,6 +233,8 @@ def test_sources_keep_to_the_oldest_python_and_to_themselves(path: Path) -> None
             roots |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             roots.add(str(node.module).partition(".")[0])
-    engines = {"onnxruntime_genai", "xllamacpp"}
+    # openvino_genai cannot be used without numpy and openvino, mlx_lm not without mlx.
+    engines = {"onnxruntime_genai", "xllamacpp", "openvino_genai", "openvino", "numpy"}
+    engines |= {"mlx_lm", "mlx"}
     allowed = sys.stdlib_module_names | (engines if path.parent.name == "engines" else set())
     assert roots <= allowed

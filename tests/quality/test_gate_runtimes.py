@@ -1,10 +1,12 @@
 """The gate against real artifacts in their real runtimes, whole and broken."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import jinja2
 import numpy as np
@@ -18,6 +20,7 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
 from toolkit.families import read_decoder
 from toolkit.formats import Session
+from toolkit.formats.openvino.tokenizer import write_tokenizer
 from toolkit.quality import chat as chats
 from toolkit.quality import tokens
 from toolkit.quality.gate import FailedGateError, run_gate
@@ -74,7 +77,7 @@ def test_the_artifact_passes_and_the_manifest_says_so(name, artifacts, example):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_perturbed_tensor_fails(name, broken, example):
     folder = broken(name)
-    {"onnx": negate_onnx_scales, "gguf": negate_gguf_scales}[name](folder)
+    NEGATE[name](folder)
     with pytest.raises(FailedGateError, match="mean KL divergence from the source is"):
         gate(name, folder, example)
 
@@ -83,10 +86,14 @@ def test_a_perturbed_tensor_fails(name, broken, example):
 def test_shifted_tokens_fail(name, broken, example):
     folder = broken(name)
     first, second = neighbours_of_equal_length(example)
-    if name == "onnx":
-        edit_json(folder / "tokenizer.json", lambda c: swap(c["model"]["vocab"], first, second))
-    else:
+    if name == "gguf":
         swap_bytes(next(folder.glob("*.gguf")), first.encode(), second.encode())
+    else:
+        edit_json(folder / "tokenizer.json", lambda c: swap(c["model"]["vocab"], first, second))
+    if name == "openvino":  # its networks are made of that file
+        other = Path(shutil.copytree(example, folder.with_name("other")))
+        shutil.copyfile(folder / "tokenizer.json", other / "tokenizer.json")
+        write_tokenizer(Checkpoint.open(other), folder)
     with pytest.raises(FailedGateError, match=r"token ids: .* encodes \d+ of \d+ probe texts"):
         gate(name, folder, example)
 
@@ -166,6 +173,41 @@ def negate_gguf_scales(folder: Path) -> None:
     blocks = tensor.data.reshape(-1, 18)
     blocks[:, 1] ^= 0x80
     reader.data.flush()
+
+
+def negate_openvino_scales(folder: Path) -> None:
+    """Change the sign, the top bit of float16, of every scale of one matrix."""
+    layers = ElementTree.parse(folder / "openvino_model.xml").iterfind("layers/layer")
+    (found,) = [
+        one for one in layers if one.get("name", "").endswith("layers.0.mlp.down_proj.weight/scale")
+    ]
+    data = found.find("data")
+    assert data is not None
+    assert data.get("element_type") == "f16"
+    content = np.memmap(folder / "openvino_model.bin", np.uint8, "r+")
+    offset, size = int(data.get("offset", 0)), int(data.get("size", 0))
+    content[offset : offset + size].view(np.uint16)[:] ^= 0x8000
+    content.flush()
+
+
+def negate_mlx_scales(folder: Path) -> None:
+    """Change the sign, the top bit of bfloat16, of every scale of one matrix."""
+    content = np.memmap(folder / "model.safetensors", np.uint8, "r+")
+    length = int.from_bytes(bytes(content[:8]), "little")
+    header = json.loads(bytes(content[8 : 8 + length]))
+    entry = header["model.layers.0.mlp.down_proj.scales"]
+    assert entry["dtype"] == "BF16"
+    first, last = entry["data_offsets"]
+    content[8 + length + first : 8 + length + last].view(np.uint16)[:] ^= 0x8000
+    content.flush()
+
+
+NEGATE = {
+    "onnx": negate_onnx_scales,
+    "gguf": negate_gguf_scales,
+    "openvino": negate_openvino_scales,
+    "mlx": negate_mlx_scales,
+}
 
 
 def redirect_gguf_key(folder: Path, key: str) -> int:

@@ -1,13 +1,17 @@
 """Run a vendor's command: its output to a log, its cost measured, its end explained."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from toolkit.console import Console, format_bytes
 from toolkit.errors import BuildError
@@ -24,7 +28,8 @@ DROPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "HF_TOKEN", "HUGGING_FACE_
 
 @dataclass(frozen=True)
 class Cost:
-    """What commands took; `peak_memory_bytes` is that of the largest process, 0 on Windows."""
+    """What commands took; `peak_memory_bytes` is that of the largest process, 0 on Windows;
+    on Linux it is looked at five times a second."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -83,6 +88,7 @@ def _wait(
     process: "subprocess.Popen[bytes]", name: str, log: Path, console: Console
 ) -> tuple[float, int]:
     """Wait for the end; CPU seconds and peak memory of the process and those it waited for."""
+    peak_bytes = 0
     try:
         with console.waiting(name) as tell:
             while True:
@@ -94,12 +100,28 @@ def _wait(
                     if pid:
                         process.returncode = os.waitstatus_to_exitcode(status)
                         cpu_s = usage.ru_utime + usage.ru_stime
-                        return cpu_s, usage.ru_maxrss * MAXRSS_UNIT_BYTES
+                        return cpu_s, peak_bytes or usage.ru_maxrss * MAXRSS_UNIT_BYTES
+                peak_bytes = max(peak_bytes, _read_peak(process.pid))
                 time.sleep(POLL_S)
                 tell("".join(read_tail(log, 1)))
     except BaseException:
         _kill(process)
         raise
+
+
+def _read_peak(pid: int) -> int:
+    """Peak memory of the largest process of a tree so far; 0 where there is no /proc.
+
+    What wait4 gives counts the memory of this process as well, which the child had until its exec.
+    """
+    largest = 0
+    with suppress(psutil.Error):
+        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+            with suppress(OSError):
+                status = Path(f"/proc/{process.pid}/status").read_text("utf-8")
+                found = re.search(r"VmHWM:\s+(\d+) kB", status)
+                largest = max(largest, int(found[1]) << 10 if found else 0)
+    return largest
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
