@@ -9,8 +9,8 @@ lines file; the table is made of all runs in it (medians), so slow sides can be 
 ones again (--only, --repeat), and --repeat 0 prints the table of what is there.
 
 A third side, `copy`, reads the checkpoint and writes as many bytes with nothing between
-(bench/copy.py). Of phiship's time, `converting` is the part without sealing and without the gate,
-from its own report.
+(bench/read_write.py). Of phiship's time, `converting` is the part without sealing and without the
+gate, from its own report.
 
 --builder-python is a Python with onnxruntime-genai (0.18 or newer), torch and transformers;
 --optimum-python one with optimum-intel and nncf; --mlx-python one with mlx-lm (default: this one);
@@ -40,7 +40,7 @@ SIDES = ("phiship", "vendor", "copy")
 _PHISHIP = (
     "{phiship} build {recipe} --checkpoint {checkpoint} --out {out} --no-check --workers {n} --json"
 )
-_COPY = "{python} {bench}/copy.py {checkpoint} {out} {size} {n}"
+_COPY = "{python} {bench}/read_write.py {checkpoint} {out} {size} {n}"
 _BUILDER = (
     "{builder_python} -m onnxruntime_genai.models.builder -i {checkpoint} -o {out} -p int4 -e cpu"
     " -c {scratch}/cache --extra_options block_size=32 accuracy_level=4"

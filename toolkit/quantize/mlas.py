@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.quantize.extremes import scale_extremes
 from toolkit.quantize.kernels import Codes, Floats, Rule, encode, find_ranges, pack
 
 
@@ -33,9 +34,9 @@ def quantize(
     through_half = scales.dtype == np.float16
     low, high = find_ranges(raw, block_size, through_half=through_half)
     if zero_points is None:
-        middle = np.float32(1 << (bits - 1))
-        scales[:] = np.where(-low >= high, low, high) * (-1 / middle)
-        offsets = np.full_like(low, middle + np.float32(0.5))
+        middle = 1 << (bits - 1)
+        scales[:] = scale_extremes(low, high, 1 / middle)
+        offsets = np.full_like(low, middle + 0.5)
     else:
         zero_points[:] = _place_zero(low, high, (1 << bits) - 1, scales)
         offsets = zero_points + np.float32(0.5)

@@ -43,11 +43,15 @@ def find_grid(low: Floats, high: Floats, top: int) -> tuple[Floats, Floats]:
         steps = (high - low) / np.float32(top)
     if not np.isfinite(steps).all():
         raise ValueError("a group's weights lie too far apart for a float32 scale")
+    # Signs by arithmetic: choosing by elements costs more than the kernels.
+    sums = low + high  # negative where |low| > |high|, and where both are the same negative weight
+    edges = np.copysign(np.maximum(-low, high), sums)
     is_low = np.abs(low) > np.abs(high)
-    edges = np.where(is_low, low, high)
     np.maximum(steps, LEAST_STEP, out=steps)
-    np.negative(steps, out=steps, where=~is_low)
+    steps *= is_low.astype(np.float32) * 2 - 1
     counts = np.rint(edges / steps)
+    if counts.all():
+        return np.divide(edges, counts, out=steps), edges
     has_edge = counts != 0
     np.divide(edges, counts, out=steps, where=has_edge)
     return steps, np.where(has_edge, edges, np.float32(0))

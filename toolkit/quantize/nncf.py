@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.quantize.extremes import scale_extremes
 from toolkit.quantize.kernels import Codes, Floats, Rule, encode, find_ranges
 
 LEAST_SCALE = np.finfo(np.float32).eps  # NNCF's, for groups of zeros
@@ -30,7 +31,7 @@ def quantize_symmetric(
     weight is not finite, or too large for a float16 scale.
     """
     low, high = find_ranges(raw, size)
-    exact = _at_least(np.where(-low >= high, low, high) / np.float32(-8))
+    exact = _at_least(scale_extremes(low, high, 1 / 8))
     _store(exact, scales)
     # weight / scale + 8 with one rounding less: the sum is exact for bf16 and float16 wherever it
     # decides a code.
@@ -56,7 +57,8 @@ def quantize_asymmetric(
 
 def _at_least(scales: Floats) -> Floats:
     """Scales with those too near to 0 replaced."""
-    return np.where(np.abs(scales) < LEAST_SCALE, LEAST_SCALE, scales)
+    tiny = np.abs(scales) < LEAST_SCALE
+    return np.where(tiny, LEAST_SCALE, scales) if tiny.any() else scales
 
 
 def _store(exact: Floats, scales: NDArray[np.float16]) -> None:

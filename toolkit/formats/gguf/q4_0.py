@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint import to_float32
 from toolkit.formats.gguf.ggml import to_float16
+from toolkit.quantize.extremes import scale_extremes
 from toolkit.quantize.kernels import Floats, Layout, Rule, encode, find_ranges
 
 BLOCK_WEIGHTS = 32
@@ -34,7 +35,7 @@ def quantize(raw: NDArray[Any], encoded: NDArray[np.uint8], largest: float) -> b
     magnitudes = np.maximum(-low, high)
     if magnitudes.max() > largest or ((magnitudes > 0) & (magnitudes < TINY)).any():
         return False
-    scales = _choose_extremes(raw, low, high) * np.float32(-1 / 8)
+    scales = _choose_scales(raw, low, high)
     with np.errstate(divide="ignore"):
         inverses = np.float32(1) / scales
     inverses[scales == 0] = 0
@@ -47,11 +48,11 @@ def quantize(raw: NDArray[Any], encoded: NDArray[np.uint8], largest: float) -> b
     return True
 
 
-def _choose_extremes(raw: NDArray[Any], low: Floats, high: Floats) -> Floats:
-    """The weight of largest magnitude of each block, of equal ones the first."""
-    extremes: Floats = np.where(-low > high, low, high)
+def _choose_scales(raw: NDArray[Any], low: Floats, high: Floats) -> Floats:
+    """The weight of largest magnitude of each block, of equal ones the first, by -8."""
+    scales = scale_extremes(low, high, 1 / 8)
     ties = np.flatnonzero((-low == high) & (high > 0))
     rows = to_float32(raw.reshape(-1, BLOCK_WEIGHTS)[ties])
-    extremes[ties] = rows[np.arange(ties.size), np.argmax(np.abs(rows), axis=1)]
-    extremes += 0  # ggml starts from 0, so -0 counts as 0
-    return extremes
+    extremes = rows[np.arange(ties.size), np.argmax(np.abs(rows), axis=1)]
+    scales[ties] = extremes * np.float32(-1 / 8)
+    return scales

@@ -1,6 +1,6 @@
 """Read a checkpoint and write as many bytes as an artifact has, with nothing between.
 
-    python bench/copy.py CHECKPOINT OUT BYTES WORKERS
+    python bench/read_write.py CHECKPOINT OUT BYTES WORKERS
 
 What converting takes when computing costs nothing: each worker process reads its share of the
 weight files in pieces of 4 MiB and writes its share of BYTES to OUT, in the same order.
