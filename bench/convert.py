@@ -235,7 +235,7 @@ def render_table(runs: list[Run]) -> str:
             )
         if rows["phiship"] and rows["vendor"]:
             pairs = zip(rows["vendor"][1:6], rows["phiship"][1:6], strict=True)
-            ratios = " | ".join(f"{v / p:.1f}" if p else "-" for v, p in pairs)
+            ratios = " | ".join(f"{v / p:.1f}" if v < 1e4 * p else "-" for v, p in pairs)
             lines.append(f"| {name} | vendor / phiship | | {ratios} | | |")
     return "\n".join(lines)
 

@@ -30,8 +30,10 @@ def describe_versions(options: argparse.Namespace) -> str:
     """Return the versions of both sides' tools, as far as `options` names them."""
     number = re.search(r"\d+\.\d+\S*", _first_line([options.phiship, "--version"]))
     versions = [f"phiship {number[0]}"] if number else []
-    if options.builder_python:
-        versions += _package_versions(options.builder_python)
+    builder = ("onnxruntime-genai", "onnxruntime", "torch", "transformers")
+    versions += _package_versions(options.builder_python, *builder)
+    versions += _package_versions(options.optimum_python, "optimum-intel", "nncf", "openvino")
+    versions += _package_versions(options.mlx_python, "mlx-lm", "mlx")
     if options.llama_cpp:
         quantize = options.llama_cpp / "build" / "bin" / "llama-quantize"
         commit = re.search(r"commit (\w+)", _first_line([str(quantize), "--dry-run", "-", "Q4_0"]))
@@ -54,8 +56,9 @@ def _cpuinfo() -> str:
     return path.read_text("utf-8") if path.exists() else ""
 
 
-def _package_versions(python: str) -> list[str]:
-    names = ("onnxruntime-genai", "onnxruntime", "torch", "transformers")
+def _package_versions(python: str | None, *names: str) -> list[str]:
+    if not python:
+        return []
     script = (
         "import importlib.metadata as m, sys\n"
         "print(', '.join(f'{n} {m.version(n)}' for n in sys.argv[1:]))"
