@@ -25,7 +25,7 @@ from toolkit.export import (
     run_export,
 )
 from toolkit.families import read_decoder
-from toolkit.plan import Plan, make_plan, measure_rest
+from toolkit.plan import Plan, make_plan, measure_tokenizer
 from toolkit.quality.chat import read_chat
 from toolkit.recipe import Recipe
 from toolkit.report import Report
@@ -180,7 +180,7 @@ def _plan(recipe: Recipe, building: Building) -> Job:
     checkpoint.check(decoder)
     plan = make_plan(
         recipe, decoder, context_length=options.context_length, workers=options.workers,
-        memory_bytes=options.memory_bytes, rest_bytes=measure_rest(checkpoint),
+        memory_bytes=options.memory_bytes, tokenizer_bytes=measure_tokenizer(checkpoint),
     )  # fmt: skip
     _check_gate_memory(plan, options)
     source = Source(

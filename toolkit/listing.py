@@ -12,7 +12,7 @@ from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
 from toolkit.errors import SettingsError
 from toolkit.families import read_decoder
-from toolkit.plan import REST_BYTES, Plan, check_fit, make_plan, measure_rest
+from toolkit.plan import TOKENIZER_BYTES, Plan, check_fit, make_plan, measure_tokenizer
 from toolkit.recipe import Recipe
 from toolkit.source import open_source
 from toolkit.target import Target
@@ -54,7 +54,7 @@ def show_plan(
         context_length=context,
         workers=workers,
         memory_bytes=memory_bytes,
-        rest_bytes=measure_rest(opened) if opened else REST_BYTES,
+        tokenizer_bytes=measure_tokenizer(opened) if opened else TOKENIZER_BYTES,
     )
     rows = _settings(plan) + _costs(plan, target)
     console.event(

@@ -18,9 +18,7 @@ from toolkit.target import Target
 # Resident memory of the converting processes, measured with bench/convert.py and rounded up.
 PARENT_BYTES = 100_000_000
 WORKER_BYTES = 100_000_000
-# Small files beside the weights (graph, tokenizer, GGUF header): Phi-3's tokenizer is 2.4 MB.
-REST_BYTES = 5_000_000
-GRAPH_BYTES = 250_000
+TOKENIZER_BYTES = 2_400_000  # Phi-3's files, where there is no checkpoint to look at
 RUNNER_BYTES = 1_000_000
 MOST_WORKERS = 8
 
@@ -35,7 +33,7 @@ class Plan:
     data: DataFile
     needs: RuntimeNeeds
     workers: int
-    rest_bytes: int = REST_BYTES
+    rest_bytes: int
 
     @property
     def artifact_bytes(self) -> int:
@@ -86,7 +84,7 @@ def make_plan(
     context_length: int | None = None,
     workers: int | None = None,
     memory_bytes: int | None = None,
-    rest_bytes: int = REST_BYTES,
+    tokenizer_bytes: int = TOKENIZER_BYTES,
 ) -> Plan:
     """Fill in every default; PlanError when the recipe cannot hold this architecture."""
     context = context_length or recipe.context_length or decoder.context
@@ -104,13 +102,13 @@ def make_plan(
         data=module.lay_out(recipe, decoder, context),
         needs=module.needs(recipe, decoder, context),
         workers=_limit_workers(workers, memory_bytes),
-        rest_bytes=rest_bytes,
+        rest_bytes=module.rest_bytes(tokenizer_bytes),
     )
 
 
-def measure_rest(checkpoint: Checkpoint) -> int:
-    """Bytes of the small files, known once there is a checkpoint: tokenizer and graph."""
-    return GRAPH_BYTES + sum(path.stat().st_size for path in checkpoint.tokenizer_files())
+def measure_tokenizer(checkpoint: Checkpoint) -> int:
+    """Bytes of the tokenizer's files."""
+    return sum(path.stat().st_size for path in checkpoint.tokenizer_files())
 
 
 def _limit_workers(workers: int | None, memory_bytes: int | None) -> int:

@@ -353,3 +353,14 @@ def test_a_killed_build_is_gone_on_with(example: Path, tmp_path: Path) -> None:
 def test_one_recipe_or_all(arguments: list[str], example: Path) -> None:
     done = run("build", *arguments, "--checkpoint", str(example))
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("kind", ["onnx", "gguf", "openvino", "mlx"])
+def test_the_predicted_size_is_the_artifacts_rounded_up(
+    kind: str, artifacts: dict[str, Path], example: Path
+) -> None:
+    manifest = read_manifest(artifacts[kind])
+    planned = run("plan", manifest.name, "--checkpoint", str(example), "--json")
+    (plan,) = [e for e in events(planned) if "artifact_bytes" in e]
+    # The small files of a 40-layer model are counted for this one of 4 layers.
+    assert manifest.size_bytes <= int(plan["artifact_bytes"]) <= manifest.size_bytes + 1_700_000

@@ -74,6 +74,9 @@ class Format(Protocol):
     def needs(self, recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
         """What the artifact will take at run time."""
 
+    def rest_bytes(self, tokenizer_bytes: int) -> int:
+        """Most bytes that stand beside the data, for a tokenizer whose files have so many."""
+
     def header_bytes(self, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
         """What stands before the data in the data file; empty when nothing does."""
 

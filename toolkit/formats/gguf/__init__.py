@@ -21,6 +21,7 @@ from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
 RECIPE = GgufRecipe
+HEADER_BYTES = 250_000  # of 40 layers, rounded up
 PACKAGES = ("gguf", "sentencepiece", "xllamacpp")
 CONTEXT_MULTIPLE = 256  # llama.cpp rounds the context up to it
 CACHE_BYTES = 2  # keys and values in float16
@@ -76,6 +77,11 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         valid_context=valid,
         notes=(*notes, *_fallback_notes(cast(GgufRecipe, recipe), decoder)),
     )
+
+
+def rest_bytes(tokenizer_bytes: int) -> int:
+    """The header with the tokenizer, and the Modelfile."""
+    return HEADER_BYTES + tokenizer_bytes
 
 
 def header_bytes(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:

@@ -22,6 +22,7 @@ from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
 RECIPE = MlxRecipe
+CONFIG_BYTES = 150_000  # of 40 layers, rounded up
 PACKAGES = ("mlx", "mlx-lm")
 # Resident beside weights and cache: 90 MB with the example; 0.6 GB in the gate with the shape of
 # Phi-3-mini, on a CPU, where scales become float32.
@@ -62,6 +63,11 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         notes=tuple(notes),
         always_long_rope=recipe.rope_factors == "long",
     )
+
+
+def rest_bytes(tokenizer_bytes: int) -> int:
+    """Configurations, the index, the tokenizer's files."""
+    return CONFIG_BYTES + tokenizer_bytes
 
 
 def header_bytes(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:

@@ -21,6 +21,7 @@ from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
 RECIPE = OnnxRecipe
+GRAPH_BYTES = 250_000  # of 40 layers, rounded up
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-genai")
 ROTARY_MULTIPLE = 16  # GroupQueryAttention takes cos tables whose width is a multiple of 8
 OVERHEAD_BYTES = {"cpu": 250_000_000, "cuda": 900_000_000}
@@ -83,6 +84,11 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         valid_context=(1, context_length),
         notes=tuple(notes),
     )
+
+
+def rest_bytes(tokenizer_bytes: int) -> int:
+    """The graph, the configuration, the tokenizer's files."""
+    return GRAPH_BYTES + tokenizer_bytes
 
 
 def header_bytes(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:

@@ -22,6 +22,7 @@ from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
 RECIPE = OpenvinoRecipe
+NETWORK_BYTES = 1_500_000  # of 40 layers, rounded up
 PACKAGES = ("openvino", "openvino-genai", "openvino-tokenizers", "transformers")
 GROUP_SIZES = (32, 64, 128)
 NPU_GROUP_SIZES = (-1, 128)
@@ -110,6 +111,11 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         valid_context=(1, context_length),
         notes=tuple(notes),
     )
+
+
+def rest_bytes(tokenizer_bytes: int) -> int:
+    """The network, the tokenizer's files, and networks as large as they."""
+    return NETWORK_BYTES + 2 * tokenizer_bytes
 
 
 def header_bytes(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
