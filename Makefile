@@ -8,7 +8,7 @@ OUT ?= build
 help:
 	@echo "make demo   set up, convert the bundled Phi-3, push it over SSH, ask it a question there"
 	@echo "make test   set up, run the tests"
-	@echo "make test-vendor  make the vendors' environments (5 GB), compare with the vendors themselves"
+	@echo "make test-vendor  make the vendors' environments (5 GB), compare with the vendors themselves, refresh their digests"
 	@echo "make check  set up, lint and type-check"
 	@echo "make bench  set up, time the quantizer; ARGS=... compares with the vendors' tools (bench/README.md)"
 	@echo "make setup  only make $(VENV) with everything"
@@ -31,6 +31,8 @@ test: setup
 test-vendor: setup
 	for vendor in onnx openvino mlx gguf; do $(BIN)/phiship vendor setup $$vendor || exit 1; done
 	PHISHIP_TEST_VENDOR=1 $(BIN)/python -m pytest tests/vendor/test_live.py
+	$(BIN)/python -m tests.golden.refresh
+	git diff --stat tests/golden
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Fixtures for all tests: the bundled example and the artifacts made of it."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from toolkit.build import Options, build
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
 from toolkit.report import Report
+
+# Whoever runs the tests in the background has interrupts ignored, and the processes under test
+# would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-phi3"
