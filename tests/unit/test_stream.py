@@ -318,8 +318,10 @@ def test_interrupt_waits_until_a_worker_is_started() -> None:
     other.start()
     try:
         with pytest.raises(KeyboardInterrupt), stream._interrupt_held_back():
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
+            # Not to the process: any thread of a runtime that is loaded here might take it, in its
+            # own time, and the interrupt would come after the test.
+            signal.pthread_kill(other.ident or 0, signal.SIGINT)
+            time.sleep(0.5)
             done.append("started")
     finally:
         end.set()
