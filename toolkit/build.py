@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from toolkit.artifact import Chat, Manifest, Quality, Runtime, Source
 from toolkit.check import run_checks
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console, format_bytes
+from toolkit.decoder import Decoder
 from toolkit.errors import ArtifactError, BuildError, PhishipError, PlanError
 from toolkit.export import (
     LOCK_KEY,
@@ -88,6 +90,23 @@ class Building:
     report: Report
     is_alone: bool
     results: dict[str, Result] = field(default_factory=dict)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The architecture, once compared with the checkpoint's tensors."""
+        decoder = read_decoder(self.checkpoint.config)
+        self.checkpoint.check(decoder)
+        return decoder
+
+    @cached_property
+    def digest(self) -> str:
+        """The checkpoint's fingerprint."""
+        return self.checkpoint.fingerprint()
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The checkpoint's chat template as data."""
+        return read_chat(self.checkpoint)
 
     def step_name(self, step: str, name: str) -> str:
         """Name of a step in the report; says which artifact when there are several."""
@@ -176,17 +195,13 @@ def _prepare(recipe: Recipe, building: Building) -> Job | None:
 
 def _plan(recipe: Recipe, building: Building) -> Job:
     checkpoint, options = building.checkpoint, building.options
-    decoder = read_decoder(checkpoint.config)
-    checkpoint.check(decoder)
     plan = make_plan(
-        recipe, decoder, context_length=options.context_length, workers=options.workers,
+        recipe, building.decoder, context_length=options.context_length, workers=options.workers,
         memory_bytes=options.memory_bytes, tokenizer_bytes=measure_tokenizer(checkpoint),
     )  # fmt: skip
     _check_gate_memory(plan, options)
-    source = Source(
-        model=recipe.model, revision=checkpoint.revision, digest=checkpoint.fingerprint()
-    )
-    return Job(plan, source, read_chat(checkpoint), building.out / recipe.name)
+    source = Source(model=recipe.model, revision=checkpoint.revision, digest=building.digest)
+    return Job(plan, source, building.chat, building.out / recipe.name)
 
 
 def _check_gate_memory(plan: Plan, options: Options) -> None:
