@@ -7,17 +7,15 @@ keyed by variant, scheme and this project's name of the initializer.
 """
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from tests.checkpoints import VARIANTS, write_random_checkpoint
+from tests.golden.digests import write_digests
 
 GOLDEN = Path(__file__).with_name("onnx.json")
 # scheme -> precision, provider and extra options of the builder
@@ -71,21 +69,15 @@ def main() -> None:
     show = "import onnxruntime_genai as g, onnxruntime as o; print(g.__version__, o.__version__)"
     versions = subprocess.run([python, "-c", show], capture_output=True, text=True, check=True)
     genai, runtime = versions.stdout.split()
-    golden: dict[str, Any] = {
-        "made_by": "python -m tests.golden.make_onnx BUILDER_PYTHON",
-        "versions": {"onnxruntime-genai": genai, "onnxruntime": runtime},
-        "digests": {},
-    }
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        for variant in VARIANTS:
-            checkpoint = write_random_checkpoint(work / variant, variant)
-            golden["digests"][variant] = {
-                scheme: digest_initializers(build(python, checkpoint, scheme, work))
-                for scheme in SCHEMES
-            }
-            print(variant, flush=True)
-    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
+    write_digests(
+        GOLDEN,
+        "python -m tests.golden.make_onnx BUILDER_PYTHON",
+        {"onnxruntime-genai": genai, "onnxruntime": runtime},
+        SCHEMES,
+        lambda checkpoint, scheme, work: digest_initializers(
+            build(python, checkpoint, scheme, work)
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ are keyed by variant, scheme and this project's name of the constant. It takes a
 """
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.checkpoints import VARIANTS, write_random_checkpoint
+from tests.golden.digests import write_digests
 from toolkit.formats.openvino.reader import read_constants, unpack
 
 GOLDEN = Path(__file__).with_name("openvino.json")
@@ -74,21 +72,13 @@ def main() -> None:
     python = sys.argv[1]
     show = f"from importlib.metadata import version; print(*map(version, {PACKAGES}))"
     versions = subprocess.run([python, "-c", show], capture_output=True, text=True, check=True)
-    golden: dict[str, Any] = {
-        "made_by": "python -m tests.golden.make_openvino VENDOR_PYTHON",
-        "versions": dict(zip(PACKAGES, versions.stdout.split(), strict=True)),
-        "digests": {},
-    }
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        for variant in VARIANTS:
-            checkpoint = write_random_checkpoint(work / variant, variant)
-            golden["digests"][variant] = {
-                scheme: digest_constants(export(python, checkpoint, scheme, work))
-                for scheme in SCHEMES
-            }
-            print(variant, flush=True)
-    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
+    write_digests(
+        GOLDEN,
+        "python -m tests.golden.make_openvino VENDOR_PYTHON",
+        dict(zip(PACKAGES, versions.stdout.split(), strict=True)),
+        SCHEMES,
+        lambda checkpoint, scheme, work: digest_constants(export(python, checkpoint, scheme, work)),
+    )
 
 
 if __name__ == "__main__":
