@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -35,6 +35,14 @@ Fingerprint = Annotated[
 ]
 
 
+class Health(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a release has to keep to after the switch, beside the right answer; None is no limit."""
+
+    min_tokens_per_second: float | None = None
+    max_memory: yamlfile.ByteSize | None = None
+    refuse_throttling: bool = False
+
+
 class DeviceEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One device in devices.yaml."""
 
@@ -46,6 +54,9 @@ class DeviceEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     target: str | None = None
     python: str = "python3"
     root: str = DEFAULT_ROOT
+    runtime: Literal["auto", "device"] = "auto"
+    cipher: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9@.-]+$")] | None = None
+    health: Health = Health()
 
 
 class Device(DeviceEntry, frozen=True, kw_only=True):
@@ -67,7 +78,10 @@ class Device(DeviceEntry, frozen=True, kw_only=True):
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Outcome of importing an engine in a child process; `signal` when that died of one."""
+    """Outcome of importing an engine in a child process; `signal` when that died of one.
+
+    `is_installed` is True for an engine that is there, whether or not it can be imported.
+    """
 
     package: str
     module: str
@@ -75,10 +89,32 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     signal: str | None
     error: str
+    is_installed: bool = False
+
+
+class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU or NPU; not accessible means that this user may not open its device file."""
+
+    kind: Literal["intel_gpu", "intel_npu", "metal", "nvidia"]
+    name: str
+    is_accessible: bool
+
+
+class Jetson(msgspec.Struct, frozen=True, kw_only=True):
+    """What a Jetson runs: Jetson Linux such as 36.4.3, JetPack such as 6, and its power mode."""
+
+    l4t: str
+    jetpack: int | None
+    power_mode: str | None
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a probe finds; None where the device's system does not tell."""
+    """What a probe finds; None (or nothing, for texts and lists) where the device does not tell.
+
+    `libc` is "glibc 2.36", "musl", "bionic", or "none" on macOS. `memory_limit_bytes` is what the
+    control groups still allow. `throttled_before` is since boot. `clock_s` is the device's time in
+    seconds since 1970, when it was asked.
+    """
 
     system: str
     machine: str
@@ -94,13 +130,60 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit_bytes: int | None
     disk_free_bytes: int
     root: str
+    has_venv: bool | None = None
+    is_termux: bool = False
+    board_compatible: tuple[str, ...] | None = None
+    system_version: str | None = None
+    swap_free_bytes: int | None = None
+    disk_file_system: str | None = None
+    disk_is_writable: bool | None = None
+    accelerators: tuple[Accelerator, ...] = ()
+    jetson: Jetson | None = None
+    cuda: str | None = None
+    temperature_celsius: float | None = None
+    throttled_now: tuple[str, ...] | None = None
+    throttled_before: tuple[str, ...] | None = None
+    systemd_user: bool | None = None
+    linger: bool | None = None
+    clock_s: float | None = None
     engine: EngineFacts | None = None
 
     @property
     def usable_memory_bytes(self) -> int | None:
-        """Available memory or the control group's rest, the smaller; None when neither is known."""
+        """Available memory or the control group's rest, the smaller; None when neither is known.
+
+        Swap never counts: weights read from it again for every token are no use. On a Jetson the
+        GPU takes from the same memory.
+        """
         known = (self.memory_available_bytes, self.memory_limit_bytes)
         return min((count for count in known if count is not None), default=None)
+
+    @property
+    def throttled(self) -> tuple[str, ...]:
+        """What slows the device down now: under-voltage, throttled, and so on."""
+        return self.throttled_now or ()
+
+    @property
+    def arch(self) -> str:
+        """The machine as wheels name it: x86_64 or aarch64 (arm64 on macOS), else as it is."""
+        names = {"amd64": "x86_64", "arm64": "arm64" if self.system == "Darwin" else "aarch64"}
+        return names.get(self.machine.lower(), self.machine.lower())
+
+    @property
+    def python_version(self) -> tuple[int, ...]:
+        """Python's version as numbers: (3, 11, 2)."""
+        return read_version(self.python)
+
+    @property
+    def libc_version(self) -> tuple[int, ...]:
+        """The C library's version as numbers; empty when unknown."""
+        return read_version(self.libc.partition(" ")[2])
+
+
+def read_version(text: str) -> tuple[int, ...]:
+    """Read the numbers a version begins with: 3.13.0rc1 -> (3, 13, 0)."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(map(int, found.group().split("."))) if found else ()
 
 
 def resolve_device(text: str, devices_file: Path | None = None) -> Device:

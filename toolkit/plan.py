@@ -1,9 +1,11 @@
 """A plan: recipe x architecture x target with every default filled in and every cost predicted."""
 
+import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
 from toolkit import __version__, catalog, formats
 from toolkit.checkpoint import Checkpoint
@@ -21,6 +23,7 @@ WORKER_BYTES = 100_000_000
 TOKENIZER_BYTES = 2_400_000  # Phi-3's files, where there is no checkpoint to look at
 RUNNER_BYTES = 1_000_000
 MOST_WORKERS = 8
+SHOWN_RECIPES = 5
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def check_fit(plan: Plan, target: Target) -> None:
     """PlanError when the target cannot run or hold the artifact; its advice says what would fit."""
     if problem := find_problem(plan, target):
         raise PlanError(
-            problem, advice="; ".join(_what_fits(plan, target)) or "nothing bundled fits"
+            problem, advice="; ".join(what_fits(plan, target)) or "nothing bundled fits"
         )
 
 
@@ -159,24 +162,37 @@ def largest_context(plan: Plan, target: Target) -> int:
     return max(0, min(tokens, plan.decoder.context) // 256 * 256)
 
 
-def _what_fits(plan: Plan, target: Target) -> list[str]:
+def what_fits(plan: Plan, target: Target) -> list[str]:
+    """Say what would fit instead: a shorter context, and recipes of the same model, best first."""
     advice = []
     way = f"{plan.recipe.format}/{plan.needs.provider}"
     context = largest_context(plan, target)
     if way in target.runs and 0 < context < plan.context_length:
         advice.append(f"--context {context} would fit")
-    others = [
-        recipe.name
-        for recipe in catalog.load_recipes(plan.recipe.model)
-        if recipe.name != plan.recipe.name and _would_fit(recipe, plan, target)
-    ]
-    if others:
-        advice.append(f"these recipes would fit: {', '.join(others)}")
+    plans = _plan_all(plan.recipe.model, plan.decoder)
+    others = [other for other in plans if other.recipe.name != plan.recipe.name]
+    names = [other.recipe.name for other in others if not find_problem(other, target)]
+    if not names:
+        names = [text for other in others if (text := _fit_shorter(other, target))]
+    if names:
+        more = f" and {len(names) - SHOWN_RECIPES} more" if len(names) > SHOWN_RECIPES else ""
+        advice.append(f"these recipes would fit: {', '.join(names[:SHOWN_RECIPES])}{more}")
     return advice
 
 
-def _would_fit(recipe: Recipe, plan: Plan, target: Target) -> bool:
-    try:
-        return not find_problem(make_plan(recipe, plan.decoder), target)
-    except PhishipError:
-        return False
+@lru_cache(maxsize=4)
+def _plan_all(model: str, decoder: Decoder) -> tuple[Plan, ...]:
+    """The plans of a model's bundled recipes that can be made, first choices first."""
+    plans = []
+    for recipe in sorted(catalog.load_recipes(model), key=lambda recipe: not recipe.first_choice):
+        with contextlib.suppress(PhishipError):
+            plans.append(make_plan(recipe, decoder))
+    return tuple(plans)
+
+
+def _fit_shorter(plan: Plan, target: Target) -> str:
+    """The recipe with a context that fits, shorter than its own; empty when none does."""
+    context = largest_context(plan, target)
+    if not context or find_problem(replace(plan, context_length=context), target):
+        return ""
+    return f"{plan.recipe.name} with --context {context}"

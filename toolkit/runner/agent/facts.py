@@ -1,92 +1,65 @@
-"""Facts of the device. Every probe of files takes a root folder, so that records can be replayed.
+"""Facts of the device: all that the host needs to judge whether an artifact can run here.
 
-Linux is read from /proc and /sys; where those are missing a fact is None, never a guess.
+Nothing here raises for what a device lacks, and few programs are started: none on a PC, one on a
+Raspberry Pi or Jetson, two in Termux, four on a Mac. Names of hosts, serial numbers and addresses
+are left out.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import struct
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 from .layout import Layout
+from .probes.accelerators import read_accelerators
+from .probes.health import read_health
+from .probes.identity import read_identity
+from .probes.interpreter import Interpreter, ask_interpreter
+from .probes.memory import read_memory, read_memory_limit
+from .probes.processor import APPLE_FEATURES, read_processor
+from .probes.reading import Run, run_command, run_nothing
+from .probes.storage import read_storage
 
-# Instruction sets that decide which kernels a runtime can use.
-CPU_FEATURES = ("asimd", "asimddp", "i8mm", "sve", "avx2", "avx512f", "avx512_vnni", "avx_vnni")
+__all__ = ["read_facts", "read_memory_limit"]
+
+SYSCTL_NAMES = ("hw.memsize", "hw.model", "machdep.cpu.brand_string", *APPLE_FEATURES)
 
 
-def read_facts(layout: Layout, root: Path = Path("/")) -> dict[str, Any]:
-    """Return all facts that need no child process."""
-    memory = read_memory(root)
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "word_bits": struct.calcsize("P") * 8,
-        "libc": " ".join(platform.libc_ver()).strip(),
-        "python": platform.python_version(),
-        "python_path": sys.executable,
-        "board": read_board(root),
-        "cpu_count": os.cpu_count() or 1,
-        "cpu_features": read_cpu_features(root),
-        "memory_total_bytes": memory.get("MemTotal"),
-        "memory_available_bytes": memory.get("MemAvailable"),
-        "memory_limit_bytes": read_memory_limit(root),
-        "disk_free_bytes": layout.count_free_bytes(),
-        "root": str(layout.base),
+def read_facts(
+    layout: Layout,
+    root: Path = Path("/"),
+    run: Run | None = None,
+    python: Interpreter | None = None,
+) -> dict[str, Any]:
+    """Return all facts but the engine's, by the names of toolkit.device.Facts.
+
+    Files are read below `root`; programs are started by `run`, by default none of this machine's
+    where `root` is another's; `python` replaces what this interpreter and its system calls tell.
+    """
+    python = python or ask_interpreter(layout)
+    run = run or (run_command if root == Path("/") else run_nothing)
+    sysctl = _ask_sysctl(run) if python.system == "Darwin" else {}
+    facts = {
+        "system": python.system,
+        "machine": python.machine,
+        "word_bits": python.word_bits,
+        "python": python.version,
+        "python_path": python.path,
+        "has_venv": python.has_venv,
+        **read_identity(root, run, python),
+        **read_processor(root, python, sysctl),
+        **read_memory(root, run, sysctl),
+        **read_storage(root, run, python),
+        **read_accelerators(root, run, python, sysctl),
+        **read_health(root, run, python),
     }
+    if python.system == "Darwin":
+        facts["board"] = sysctl.get("hw.model", "")
+    return facts
 
 
-def read_memory(root: Path) -> dict[str, int]:
-    """Return /proc/meminfo in bytes; empty where there is none."""
-    path = root / "proc/meminfo"
-    if not path.exists():
-        return {}
-    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
-
-
-def read_memory_limit(root: Path) -> int | None:
-    """Return what the control group still allows; None without a limit."""
-    pairs = (
-        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
-        (
-            "sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    )
-    for limit_name, used_name in pairs:
-        limit, used = _read_number(root / limit_name), _read_number(root / used_name)
-        # Version 1 says "no limit" by a number near 2 ** 63.
-        if limit is not None and used is not None and limit < 1 << 60:
-            return max(0, limit - used)
-    return None
-
-
-def read_board(root: Path) -> str:
-    """Return the board's own name, such as Raspberry Pi 5 Model B; empty on most PCs."""
-    path = root / "proc/device-tree/model"
-    if not path.exists():
-        return ""
-    return path.read_bytes().rstrip(b"\0").decode("utf-8", "replace")
-
-
-def read_cpu_features(root: Path) -> list[str]:
-    """Return those of CPU_FEATURES that /proc/cpuinfo names."""
-    path = root / "proc/cpuinfo"
-    if not path.exists():
-        return []
-    words: set[str] = set()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.lower().startswith(("flags", "features")):
-            words.update(line.partition(":")[2].split())
-    return [name for name in CPU_FEATURES if name in words]
-
-
-def _read_number(path: Path) -> int | None:
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
+def _ask_sysctl(run: Run) -> dict[str, str]:
+    """Return macOS's settings by name; one that this version lacks is left out."""
+    text = run(["sysctl", *SYSCTL_NAMES]) or ""
+    return dict(re.findall(r"^([\w.]+): (.*)$", text, re.MULTILINE))
