@@ -12,7 +12,7 @@ import rich.progress
 import rich.table
 
 from toolkit.errors import PhishipError
-from toolkit.progress import Advance, ignore
+from toolkit.progress import Bar, Ignored
 from toolkit.report import Report
 
 WORDS_SHOWN = 60  # beside a spinner
@@ -91,13 +91,13 @@ class Console:
                 self._err.print(f"  {rich.markup.escape(error.advice)}", soft_wrap=True)
 
     @contextmanager
-    def progress(self, label: str, total_bytes: int) -> Iterator[Advance]:
-        """Show bytes, rate and time left of a long job; yields a function that takes bytes done."""
+    def progress(self, label: str, total_bytes: int) -> Iterator[Bar]:
+        """Show bytes, rate and time left of a long job; yields what takes bytes done."""
         if self.as_json:
-            yield self._json_progress(label, total_bytes)
+            yield _Events(self, label, total_bytes)
             return
         if not self._err.is_terminal:
-            yield ignore
+            yield Ignored()
             return
         bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
@@ -108,8 +108,7 @@ class Console:
             console=self._err,
         )
         with bar:
-            task = bar.add_task(rich.markup.escape(label), total=total_bytes)
-            yield lambda count: bar.advance(task, count)
+            yield _Row(bar, label, total_bytes)
 
     @contextmanager
     def waiting(self, label: str) -> Iterator[Callable[[str], None]]:
@@ -148,19 +147,43 @@ class Console:
 
         return tell
 
-    def _json_progress(self, label: str, total_bytes: int) -> Advance:
-        done_bytes = 0
-        shown_percent = -1
 
-        def advance(count: int) -> None:
-            nonlocal done_bytes, shown_percent
-            done_bytes += count
-            percent = 100 * done_bytes // max(1, total_bytes)
-            if percent > shown_percent:
-                shown_percent = percent
-                self.event("progress", label=label, done_bytes=done_bytes, total_bytes=total_bytes)
+class _Row:
+    """A Bar on a terminal."""
 
-        return advance
+    def __init__(self, bar: rich.progress.Progress, label: str, total_bytes: int) -> None:
+        self._bar, self._label = bar, rich.markup.escape(label)
+        self._task = bar.add_task(self._label, total=total_bytes)
+
+    def __call__(self, count: int) -> None:
+        self._bar.advance(self._task, count)
+
+    def show(self, part: str) -> None:
+        part = rich.markup.escape(part[:WORDS_SHOWN])
+        self._bar.update(self._task, description=f"{self._label}: {part}")
+
+
+class _Events:
+    """A Bar for scripts: one `progress` event a percent."""
+
+    def __init__(self, console: Console, label: str, total_bytes: int) -> None:
+        self._console, self._label, self._total_bytes = console, label, total_bytes
+        self._done_bytes = 0
+        self._shown_percent = -1
+        self._part: dict[str, str] = {}
+
+    def __call__(self, count: int) -> None:
+        self._done_bytes += count
+        percent = 100 * self._done_bytes // max(1, self._total_bytes)
+        if percent > self._shown_percent:
+            self._shown_percent = percent
+            self._console.event(
+                "progress", label=self._label, done_bytes=self._done_bytes,
+                total_bytes=self._total_bytes, **self._part,
+            )  # fmt: skip
+
+    def show(self, part: str) -> None:
+        self._part = {"part": part}
 
 
 def _beside(measured: str, limit: str) -> str:

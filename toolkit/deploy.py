@@ -1,62 +1,48 @@
-"""Push an artifact to a device, let it answer there, and switch to it when the answer is right."""
+"""Push an artifact to a device, let it answer there, switch to it, and go back when it fails."""
 
-import json
+import hashlib
 import re
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from toolkit.artifact import MANIFEST, Manifest, Smoke, hash_file, read_manifest, verify_files
 from toolkit.console import Console, format_bytes
-from toolkit.device import Device, Facts
-from toolkit.errors import ArtifactError, PreflightError, RunnerError, SmokeError
+from toolkit.device import Device
+from toolkit.errors import (
+    ArtifactError,
+    PhishipError,
+    PreflightError,
+    RolledBackError,
+    RunnerError,
+    SmokeError,
+    StrandedError,
+)
+from toolkit.preflight import check_disk, check_facts, describe_facts, describe_needs, suggest
+from toolkit.remote import Status, read_facts
 from toolkit.report import Report
-from toolkit.ssh.agent import Agent, start_agent
+from toolkit.runtime import Choice, choose_runtime, install_runtime
+from toolkit.smoke import CURRENT, ask, check_answer, check_health, describe_limits, quote
 from toolkit.ssh.bundle import pack_runner
-from toolkit.ssh.connection import connect
+from toolkit.ssh.carrier import Carrier, choose_carrier
 from toolkit.ssh.embedded import running
-from toolkit.ssh.transfer import Blob, Missing, find_missing, send_blobs
-
-# What stays free on the device, for logs and for the system itself.
-DISK_RESERVE_BYTES = 64_000_000
-ANSWER_TIMEOUT_S = 900
-CONNECTION_SLACK_S = 60
-SHOWN_CHARACTERS = 300
-# Every runtime there is needs a 64-bit userland of one of these.
-MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
+from toolkit.ssh.session import Session, open_session
+from toolkit.ssh.transfer import Blob, Missing, find_missing, send_parts
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What the runner says of one answer; rates and times are the device's own."""
+@dataclass(frozen=True)
+class Push:
+    """How to push; `bytes_per_s` limits the bandwidth, `dry_run` ends before anything is sent."""
 
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    tokens_per_second: float
-    first_token_seconds: float
-    load_seconds: float
-    peak_memory_bytes: int
-    provider: str
-    engine: str
-    stop_reason: str
-    token_ids: tuple[int, ...]
-
-
-class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """What is on a device; `state` names the good release, which a rollback would return to."""
-
-    root: str
-    current: str | None
-    previous: str | None
-    state: dict[str, Any]
-    releases: tuple[str, ...]
-    blobs: int
-    blob_bytes: int
-    incoming: tuple[str, ...]
-    free_bytes: int
+    accept_unchecked: bool = False
+    smoke: Smoke | None = None
+    carrier: Carrier = "auto"
+    bytes_per_s: int | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,65 +60,83 @@ def deploy(
     artifact: Path,
     device: Device,
     console: Console,
+    push: Push = Push(),
     *,
-    accept_unchecked: bool = False,
-    smoke: Smoke | None = None,
     report: Report | None = None,
 ) -> Report:
-    """Push, verify, stage, smoke-test, switch. A `report` passed in is filled even on failure.
+    """Push, verify, stage, smoke-test, switch, confirm. A `report` is filled even on failure.
 
-    Raises ArtifactError, UnreachableError, HostKeyError, PreflightError, RunnerError or
-    SmokeError; the release in use on the device is then the one that was in use before.
+    Raises ArtifactError, UnreachableError, HostKeyError, PreflightError, RunnerError, SmokeError:
+    the release in use is then the one that was; or RolledBackError, StrandedError.
     """
     report = report or Report(f"deploy {artifact.name} to {device.name}")
     with report.step("check artifact") as step:
-        release = prepare_release(artifact, smoke, accept_unchecked=accept_unchecked)
+        release = prepare_release(artifact, push)
         size_bytes = release.manifest.size_bytes
         step.measured = f"{len(release.manifest.files)} files, {format_bytes(size_bytes)}"
-    with ExitStack() as opened:
-        with report.step("connect") as step:
-            started = opened.enter_context(running(device))
-            agent = start_agent(opened.enter_context(connect(started)))
-            step.measured = started.address
-        with report.step("preflight", limit=_describe_needs(release.manifest)) as step:
-            facts = _read_facts(agent, release.manifest.runtime.engine)
-            step.measured = _describe_facts(facts)
-            check_facts(device.name, facts, release.manifest)
-        opened.enter_context(agent.hold_lock())
-        _transfer(agent, release, console, report)
-        _stage(agent, release, report)
-        _smoke(agent, release, report)
-        _switch(agent, release, report)
+    with _connect(device, push.carrier, size_bytes, report) as session:
+        with report.step("preflight", limit=describe_needs(release.manifest)) as step:
+            facts = read_facts(session, release.manifest.runtime.engine)
+            step.measured = describe_facts(facts)
+            brings = session.device.runtime == "auto"
+            findings = check_facts(device.name, facts, release.manifest, installs=brings)
+            step.measured = describe_facts(facts, findings)
+        with report.step("runtime", limit=_describe_runtime(release.manifest)) as step:
+            runtime = choose_runtime(session, facts, release.manifest, console)
+            step.measured = runtime.text
+        release = _add_runtime(release, runtime)
+        if not push.dry_run:
+            _lock(session, report)
+        missing = _compare(session, release, console, report)
+        with report.step("disk") as step:
+            sent_bytes, free_bytes = missing.size_bytes, missing.free_bytes
+            step.measured = f"{format_bytes(free_bytes)} free"
+            check_disk(
+                device.name,
+                sent_bytes,
+                free_bytes,
+                wheel_bytes=runtime.unpacked_bytes,
+                list_fits=partial(suggest, facts, release.manifest),
+            )
+        if push.dry_run:
+            return report
+        _transfer(session, missing, push, console, report)
+        _stage(session, release, runtime, report)
+        _put_into_use(session, release.id, release.smoke, report, is_new=True)
+        with report.step("prune") as step:
+            pruned = session.call("prune")
+            step.measured = (
+                f"{len(pruned['releases'])} releases, {format_bytes(pruned['freed_bytes'])} freed"
+            )
     return report
 
 
-def probe(device: Device, engine: str = "") -> Facts:
-    """Return a device's facts; with an engine's name, also whether it can be imported there."""
-    with running(device) as started, connect(started) as connection:
-        return _read_facts(start_agent(connection), engine)
+def roll_back(
+    device: Device, report: Report, *, to: str | None = None, smoke: Smoke | None = None
+) -> None:
+    """Put the previous release, or the one named, into use again, with the same tests.
+
+    Raises what `deploy` raises from the smoke test on; PreflightError when there is no such
+    release.
+    """
+    with _connect(device, "paramiko", 0, report) as session:
+        _lock(session, report)
+        with report.step("choose release") as step:
+            release = _choose(device.name, msgspec.convert(session.call("status"), Status), to)
+            question = smoke or _read_question(session, release)
+            step.measured = release
+        _put_into_use(session, release, question, report, is_new=False)
 
 
-def read_status(device: Device) -> Status:
-    """Return what is deployed on a device."""
-    with running(device) as started, connect(started) as connection:
-        return msgspec.convert(start_agent(connection).call("status"), Status)
-
-
-def generate(device: Device, prompt: str, max_tokens: int = 256) -> Answer:
-    """Ask the release in use a question; RunnerError when there is none or it fails."""
-    with running(device) as started, connect(started) as connection:
-        return _ask(start_agent(connection), "current", prompt, max_tokens)
-
-
-def prepare_release(artifact: Path, smoke: Smoke | None, *, accept_unchecked: bool) -> Release:
+def prepare_release(artifact: Path, push: Push) -> Release:
     """Verify an artifact's files against its manifest and list what goes to the device."""
     manifest = read_manifest(artifact)
-    if not manifest.quality.checked and not accept_unchecked:
+    if not manifest.quality.checked and not push.accept_unchecked:
         raise ArtifactError(
             f"{artifact}: sealed as unchecked: nobody has compared it with its source",
             advice="check it with: phiship check ARTIFACT, or deploy it with --accept-unchecked",
         )
-    question = smoke or manifest.smoke
+    question = push.smoke or manifest.smoke
     if question is None:
         raise ArtifactError(
             f"{artifact}: its manifest has no smoke test, so the device's answer cannot be judged",
@@ -142,55 +146,36 @@ def prepare_release(artifact: Path, smoke: Smoke | None, *, accept_unchecked: bo
     return _list_blobs(artifact, manifest, question)
 
 
-def check_facts(device: str, facts: Facts, manifest: Manifest) -> None:
-    """Raise PreflightError when the device can never run this artifact."""
-    if facts.word_bits != 64 or facts.machine.lower() not in MACHINES:
-        raise PreflightError(
-            f"{device}: {facts.machine} with a {facts.word_bits}-bit userland; the runtimes need "
-            f"64 bits and one of {', '.join(MACHINES)}",
-            advice="install a 64-bit system on the device",
-        )
-    _check_engine(device, facts, manifest)
-    free_bytes, need_bytes = facts.usable_memory_bytes, manifest.device_memory_bytes
-    if free_bytes is not None and free_bytes < need_bytes:
-        raise PreflightError(
-            f"{device}: {format_bytes(free_bytes)} of memory are available; {manifest.name} needs "
-            f"{format_bytes(need_bytes)}",
-            advice="stop other programs there, or build with a shorter context or fewer bits",
-        )
+def name_release(name: str, manifest_sha256: str, runner_sha256: str, runtime: str = "") -> str:
+    """Return a release's id; it covers runner and runtime, for a release is never changed."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "artifact"
+    around = hashlib.sha256(f"{runner_sha256} {runtime}".encode()).hexdigest()
+    return f"{safe}-{manifest_sha256[:12]}-{around[:6]}"
 
 
-def check_disk(device: str, missing: Missing) -> None:
-    """Raise PreflightError when what has to be sent does not fit on the device."""
-    need_bytes = missing.size_bytes + DISK_RESERVE_BYTES
-    if missing.blobs and missing.free_bytes < need_bytes:
-        raise PreflightError(
-            f"{device}: {format_bytes(missing.free_bytes)} of disk are free; "
-            f"{format_bytes(missing.size_bytes)} have to be sent and "
-            f"{format_bytes(DISK_RESERVE_BYTES)} must stay free",
-            advice="free some space there, or choose a folder on another disk: `root:` in "
-            "devices.yaml",
-        )
+def _describe_runtime(manifest: Manifest) -> str:
+    return f"{manifest.runtime.package} {manifest.runtime.version}"
 
 
-def check_answer(device: str, answer: Answer, smoke: Smoke) -> None:
-    """Raise SmokeError unless the answer contains what is expected; case, spaces do not count."""
-    if _normalize(smoke.expect) not in _normalize(answer.text):
-        raise SmokeError(
-            f"{device}: asked {_quote(smoke.prompt)}, it answered {_quote(answer.text)}; "
-            f"expected was {_quote(smoke.expect)}",
-            advice="the device keeps the release it had; check the artifact on this machine first",
-        )
+def _add_runtime(release: Release, runtime: Choice) -> Release:
+    """The release as it will be on the device, with the runtime in its id."""
+    manifest_sha256 = release.files[MANIFEST]
+    name = release.manifest.name
+    return replace(
+        release,
+        id=name_release(name, manifest_sha256, release.files["runner.pyz"], runtime.id or ""),
+        blobs=(*release.blobs, *runtime.blobs),
+    )
 
 
 def _list_blobs(artifact: Path, manifest: Manifest, smoke: Smoke) -> Release:
-    path = artifact / MANIFEST
-    manifest_sha256 = hash_file(path)
+    manifest_path = artifact / MANIFEST
+    manifest_sha256 = hash_file(manifest_path)
     blobs = [
         Blob(file.path, artifact / file.path, file.sha256, file.size_bytes)
         for file in manifest.files
     ]
-    blobs.append(Blob(MANIFEST, path, manifest_sha256, path.stat().st_size))
+    blobs.append(Blob(MANIFEST, manifest_path, manifest_sha256, manifest_path.stat().st_size))
     runner = pack_runner()
     return Release(
         id=name_release(manifest.name, manifest_sha256, runner.sha256),
@@ -201,143 +186,135 @@ def _list_blobs(artifact: Path, manifest: Manifest, smoke: Smoke) -> Release:
     )
 
 
-def name_release(name: str, manifest_sha256: str, runner_sha256: str) -> str:
-    """Return a release's id; it covers the runner, for a release is never changed in place."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "artifact"
-    return f"{safe}-{manifest_sha256[:12]}-{runner_sha256[:6]}"
+@contextmanager
+def _connect(device: Device, asked: Carrier, size_bytes: int, report: Report) -> Iterator[Session]:
+    with ExitStack() as opened:
+        with report.step("connect") as step:
+            started = opened.enter_context(running(device))
+            carrier = choose_carrier(started, asked, size_bytes)
+            session = opened.enter_context(open_session(started, carrier))
+            step.measured = f"{started.address} through {carrier}"
+        yield session
 
 
-def _read_facts(agent: Agent, engine: str) -> Facts:
-    return msgspec.convert(agent.call("facts", engine=engine), Facts)
+def _lock(session: Session, report: Report) -> None:
+    """Be the only push; say so when an earlier one had left a release on trial."""
+    with report.step("lock") as step:
+        returned = session.lock()["returned"]
+        step.measured = "taken"
+        if returned:
+            step.measured += (
+                f"; an earlier push ended before {returned['failed']} was confirmed: back to "
+                f"{returned['current']}"
+            )
 
 
-def _describe_needs(manifest: Manifest) -> str:
-    memory = format_bytes(manifest.device_memory_bytes)
-    return f"{manifest.runtime.package}, {memory} of memory"
-
-
-def _describe_facts(facts: Facts) -> str:
-    memory_bytes = facts.usable_memory_bytes
-    memory = "unknown memory" if memory_bytes is None else f"{format_bytes(memory_bytes)} free"
-    engine = f"{facts.engine.package} {facts.engine.version}" if facts.engine else ""
-    names = (facts.board or facts.system, facts.machine, f"Python {facts.python}", engine, memory)
-    return ", ".join(name for name in names if name)
-
-
-def _check_engine(device: str, facts: Facts, manifest: Manifest) -> None:
-    """Raise PreflightError unless the device's Python can import the engine."""
-    engine, runtime = facts.engine, manifest.runtime
-    if engine is None or engine.importable:
-        return
-    if engine.signal:
-        raise PreflightError(
-            f"{device}: importing {engine.module} is killed by {engine.signal}: its wheel uses "
-            "instructions that this processor lacks, or is damaged",
-            advice=f"install another version of {engine.package} there",
-        )
-    raise PreflightError(
-        f"{device}: {facts.python_path} cannot import {engine.module}: {engine.error}",
-        advice=f"install it on the device: {facts.python_path} -m pip install "
-        f"{engine.package}=={runtime.version} (phiship does not install runtimes yet), or name "
-        "the Python that has it with `python:` in devices.yaml",
-    )
-
-
-def _transfer(agent: Agent, release: Release, console: Console, report: Report) -> None:
-    with report.step("compare", limit="sha256 of every file") as step:
-        missing = find_missing(agent, release.blobs)
+def _compare(session: Session, release: Release, console: Console, report: Report) -> Missing:
+    total_bytes = sum(blob.size_bytes for blob in release.blobs)
+    with (
+        report.step("compare", limit="sha256 of every file") as step,
+        console.progress("comparing", total_bytes) as bar,
+    ):
+        missing = find_missing(session, release.blobs, bar)
         damaged = f", {missing.corrupt} damaged there" if missing.corrupt else ""
+        resumed = missing.resumed_bytes
+        begun = f", {format_bytes(resumed)} of them have arrived before" if resumed else ""
         step.measured = (
-            f"{len(missing.blobs)} of {len(release.blobs)} files to send, "
-            f"{format_bytes(missing.size_bytes)}{damaged}"
+            f"{len(missing.parts)} of {len(release.blobs)} files to send, "
+            f"{format_bytes(missing.size_bytes)}{begun}{damaged}"
         )
-    with report.step("disk", limit=f"{format_bytes(DISK_RESERVE_BYTES)} stay free") as step:
-        step.measured = f"{format_bytes(missing.free_bytes)} free"
-        check_disk(agent.device.name, missing)
+    return missing
+
+
+def _transfer(
+    session: Session, missing: Missing, push: Push, console: Console, report: Report
+) -> None:
     with (
         report.step("transfer", limit="sha256 of every file") as step,
-        console.progress(f"sending to {agent.device.name}", missing.size_bytes) as advance,
+        console.progress(f"sending to {session.device.name}", missing.size_bytes) as bar,
     ):
-        send_blobs(agent, missing.blobs, advance)
+        send_parts(session, missing.parts, bar, push.bytes_per_s)
         step.measured = f"{format_bytes(missing.size_bytes)} sent"
 
 
-def _stage(agent: Agent, release: Release, report: Report) -> None:
+def _stage(session: Session, release: Release, runtime: Choice, report: Report) -> None:
+    if runtime.wheels:
+        with report.step("install") as step:
+            step.measured = install_runtime(session, runtime, release.manifest)
     with report.step("stage") as step:
-        request = {"release": release.id, "files": release.files}
-        answer = agent.change("stage", json.dumps(request).encode())
+        answer = session.call("stage", release=release.id, files=release.files, runtime=runtime.id)
         step.measured = release.id + ("" if answer["created"] else " (was there)")
 
 
-def _smoke(agent: Agent, release: Release, report: Report) -> None:
-    """Let the staged release answer; it is removed again when it fails."""
-    smoke = release.smoke
-    with report.step("smoke test", limit=f"contains {_quote(smoke.expect)}") as step:
+def _put_into_use(
+    session: Session, release: str, smoke: Smoke, report: Report, *, is_new: bool
+) -> None:
+    """Smoke test, switch, health gate, confirm; a failure after the switch goes back."""
+    device = session.device
+    with report.step("smoke test", limit=f"contains {quote(smoke.expect)}") as step:
         try:
-            answer = _ask(agent, release.id, smoke.prompt, smoke.max_tokens)
-            step.measured = f"{_quote(smoke.prompt)}: {_describe_answer(answer)}"
-            check_answer(agent.device.name, answer, smoke)
+            staged = ask(session, release, smoke)
+            step.measured = f"{quote(smoke.prompt)}: {staged.describe()}"
+            check_answer(device.name, staged, smoke)
         except (RunnerError, SmokeError):
-            agent.change("discard", release=release.id)
+            if is_new:
+                session.call("discard", release=release)
             raise
-
-
-def _switch(agent: Agent, release: Release, report: Report) -> None:
     with report.step("switch") as step:
-        answer = agent.change("switch", release=release.id)
-        agent.change("confirm", release=release.id)
+        answer = session.call("switch", release=release)
         before = answer["previous"] or "nothing"
         step.measured = f"from {before}" if answer["changed"] else "was in use already"
+    try:
+        with report.step("health", limit=describe_limits(smoke, device.health)) as step:
+            answered = ask(session, CURRENT, smoke)
+            throttled = read_facts(session).throttled_now or ()
+            step.measured = f"{answered.describe()}{', throttled' if throttled else ''}"
+            check_answer(device.name, answered, smoke)
+            check_health(device.name, answered, staged, device.health, throttled)
+    except (RunnerError, SmokeError) as error:
+        if not answer["changed"]:
+            raise
+        _return(session, release, error, report)
+    with report.step("confirm") as step:
+        step.measured = session.call("confirm", release=release)["good"]
 
 
-def _ask(agent: Agent, release: str, prompt: str, max_tokens: int) -> Answer:
-    """Run a release's own runner on the device; RunnerError says how it ended otherwise."""
-    done = agent.call(
-        "ask",
-        prompt.encode(),
-        timeout_s=ANSWER_TIMEOUT_S + CONNECTION_SLACK_S,
-        release=release,
-        max_tokens=max_tokens,
-        answer_timeout_s=ANSWER_TIMEOUT_S,
-    )
-    answer = done["answer"]
-    if answer is None or "error" in answer or done["code"] != 0:
-        raise _explain_crash(agent.device.name, done)
-    return msgspec.convert(answer, Answer)
+def _return(session: Session, release: str, reason: PhishipError, report: Report) -> None:
+    """Go back to the recorded good release, and raise what tells so."""
+    name = session.device.name
+    try:
+        with report.step("return") as step:
+            back = session.call("return")["current"]
+            step.measured = f"to {back or 'nothing'}"
+            session.call("discard", release=release)
+    except PhishipError as error:
+        raise StrandedError(
+            f"{reason}; and the way back failed: {error}",
+            advice=f"look at the device: phiship status {name}, then phiship rollback {name}",
+        ) from error
+    raise RolledBackError(
+        f"{reason}; the device is back on {back or 'nothing, as before'}", advice=reason.advice
+    ) from reason
 
 
-def _explain_crash(device: str, done: dict[str, Any]) -> RunnerError:
-    error = (done["answer"] or {}).get("error")
-    if error:
-        return RunnerError(f"{device}: {error['message']}", advice=error["advice"])
-    if done["timeout_s"]:
-        ended = f"gave no answer within {done['timeout_s']:.0f} s"
-    else:
-        ended = f"was killed by {done['signal']}" if done["signal"] else f"ended: {done['code']}"
-    tail = _quote(done["stderr"].strip()[-SHOWN_CHARACTERS:].replace("\n", " | "))
-    advice = {
-        "SIGKILL": "the device probably ran out of memory: shorten the context, or use fewer bits",
-        "SIGILL": "the runtime's wheel uses instructions this processor lacks: try another version",
-    }
-    return RunnerError(
-        f"{device}: the runner {ended}; its last words: {tail}",
-        advice=advice.get(done["signal"], "try the same artifact on this machine"),
-    )
+def _choose(device: str, status: Status, to: str | None) -> str:
+    others = [name for name in status.releases if name != status.current]
+    release = to or status.previous
+    if release is None or release not in status.releases:
+        wanted = f"no release {to}" if to else "no release before the one in use"
+        raise PreflightError(
+            f"{device}: there is {wanted}; besides it are there: {', '.join(others) or 'none'}",
+            advice="deploy the artifact again",
+        )
+    return release
 
 
-def _describe_answer(answer: Answer) -> str:
-    return (
-        f"{_quote(answer.text)}, {answer.tokens_per_second:.1f} tokens/s, "
-        f"loaded in {answer.load_seconds:.1f} s, peak {format_bytes(answer.peak_memory_bytes)}, "
-        f"{answer.engine} on {answer.provider}"
-    )
-
-
-def _normalize(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _quote(text: str) -> str:
-    """Quote a model's or a device's words; nothing in them can steer a terminal."""
-    shown = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
-    return repr(shown)
+def _read_question(session: Session, release: str) -> Smoke:
+    found = session.call("manifest", release=release)["manifest"]
+    smoke = msgspec.convert(found, Manifest).smoke
+    if smoke is None:
+        raise ArtifactError(
+            f"{session.device.name}: {release} has no smoke test of its own",
+            advice="give a question and a part of its answer: --prompt TEXT --expect TEXT",
+        )
+    return smoke

@@ -93,6 +93,18 @@ class SmokeError(PhishipError):
     exit_code = 15
 
 
+class RolledBackError(PhishipError):
+    """The new release failed its health check; the device is back on the one before."""
+
+    exit_code = 16
+
+
+class StrandedError(PhishipError):
+    """The new release failed its health check, and the way back failed as well."""
+
+    exit_code = 17
+
+
 EXTRAS = {
     "onnx": "onnx",
     "onnxruntime": "onnx",

@@ -1,7 +1,9 @@
 """What the looking commands show: lists, plans, probes, status, vendors."""
 
 import sys
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -10,6 +12,7 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
+from toolkit.device import resolve_device
 from toolkit.errors import SettingsError
 from toolkit.families import read_decoder
 from toolkit.plan import TOKENIZER_BYTES, Plan, check_fit, make_plan, measure_tokenizer
@@ -126,24 +129,64 @@ def _text(value: object) -> str:
 
 def show_probe(device_name: str, devices_file: Path | None, console: Console) -> None:
     """Show the facts of a device."""
-    from toolkit.deploy import probe
-    from toolkit.device import resolve_device
+    from toolkit.remote import probe
 
     facts = msgspec.to_builtins(probe(resolve_device(device_name, devices_file)))
     console.event("facts", device=device_name, **facts)
-    rows = [[key, _text(value)] for key, value in facts.items() if value not in (None, "")]
-    console.table(f"probe {device_name}", ["fact", "found"], rows)
+    console.table(f"probe {device_name}", ["fact", "found"], _rows(facts))
 
 
 def show_status(device_name: str, devices_file: Path | None, console: Console) -> None:
     """Show what is deployed on a device."""
-    from toolkit.deploy import read_status
-    from toolkit.device import resolve_device
+    from toolkit.remote import read_status
 
     found = msgspec.to_builtins(read_status(resolve_device(device_name, devices_file)))
     console.event("status", device=device_name, **found)
-    rows = [[key, _text(value)] for key, value in found.items() if value not in (None, "")]
-    console.table(f"status {device_name}", ["", ""], rows)
+    console.table(f"status {device_name}", ["", ""], _rows(found))
+
+
+def show_history(device_name: str, devices_file: Path | None, console: Console) -> None:
+    """Show what happened on a device, oldest first."""
+    from toolkit.remote import read_history
+
+    rows = []
+    for event in read_history(resolve_device(device_name, devices_file)):
+        what = event.pop("event")
+        console.event("history", device=device_name, what=what, **event)
+        when = datetime.fromtimestamp(event.pop("time")).astimezone()
+        event.pop("boot_id", None)
+        words = [f"{key} {_text(value)}" for key, value in event.items() if value is not None]
+        rows.append([when.isoformat(" ", "seconds"), what, ", ".join(words)])
+    console.table(f"history {device_name}", ["when (device's clock)", "what", ""], rows)
+
+
+def show_logs(device_name: str, devices_file: Path | None, console: Console) -> None:
+    """Show the end of what runners wrote to stderr."""
+    from toolkit.remote import read_logs
+
+    text = read_logs(resolve_device(device_name, devices_file))
+    console.event("logs", device=device_name, text=text)
+    for line in text.splitlines():
+        # Nothing that a model or a library printed there may steer this terminal.
+        console.result("".join(c if c.isprintable() or c == "\t" else "?" for c in line))
+
+
+def show_lock(device_name: str, devices_file: Path | None, force: bool, console: Console) -> None:
+    """Say who holds a device's lock; with `force`, that the push was ended."""
+    from toolkit.remote import unlock
+
+    found = unlock(resolve_device(device_name, devices_file), force=force)
+    console.event("lock", device=device_name, **found)
+    if found["holder"] is None:
+        console.result(f"{device_name}: no push holds the lock")
+    elif found["unlocked"]:
+        console.result(f"{device_name}: ended the push {found['holder']}")
+    else:
+        console.result(f"{device_name}: a push holds the lock {found['holder']}")
+
+
+def _rows(fields: dict[str, Any]) -> list[list[str]]:
+    return [[key, _text(value)] for key, value in fields.items() if value not in (None, "")]
 
 
 def show_vendors(console: Console) -> None:

@@ -5,16 +5,17 @@ from pathlib import Path
 import msgspec
 
 from toolkit import catalog
-from toolkit.artifact import Smoke
 from toolkit.build import Options, build
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
-from toolkit.deploy import DISK_RESERVE_BYTES, deploy, probe
+from toolkit.deploy import Push, deploy
 from toolkit.device import Device, Facts, resolve_device
 from toolkit.errors import PhishipError, PlanError
 from toolkit.families import read_decoder
 from toolkit.plan import Plan, make_plan
+from toolkit.preflight import DISK_RESERVE_BYTES, list_ways
 from toolkit.recipe import Recipe
+from toolkit.remote import probe
 from toolkit.report import Report
 from toolkit.source import find_model, open_source
 
@@ -27,7 +28,7 @@ MAC_WAYS = ("mlx/metal", "gguf/cpu", "onnx/cpu")
 
 def ship(
     reference: str, device_name: str, console: Console, report: Report, *, out: Path,
-    recipe_name: str | None, options: Options, smoke: Smoke | None, devices_file: Path | None,
+    recipe_name: str | None, options: Options, push: Push, devices_file: Path | None,
 ) -> None:  # fmt: skip
     """Do it all; every step goes into `report`. Raises what the failing step raises."""
     device = resolve_device(device_name, devices_file)
@@ -47,10 +48,10 @@ def ship(
         else:
             recipe = choose(find_model(decoder, reference), decoder, device, facts, options)
             step.measured = recipe.name
-    if smoke:
-        recipe = msgspec.structs.replace(recipe, smoke=smoke)
+    if push.smoke:
+        recipe = msgspec.structs.replace(recipe, smoke=push.smoke)
     artifact = build(recipe, checkpoint, out, options, console, report)
-    deploy(artifact, device, console, report=report, smoke=smoke)
+    deploy(artifact, device, console, push, report=report)
 
 
 def choose(model: str, decoder: Decoder, device: Device, facts: Facts, options: Options) -> Recipe:
@@ -58,6 +59,7 @@ def choose(model: str, decoder: Decoder, device: Device, facts: Facts, options: 
 
     PlanError says why none fits.
     """
+    installable = list_ways(facts) if device.runtime == "auto" else ()
     engines: dict[str, bool] = {}
     obstacles = []
     for way in _ways(device, facts):
@@ -70,7 +72,8 @@ def choose(model: str, decoder: Decoder, device: Device, facts: Facts, options: 
             if engine not in engines:
                 found = probe(device, engine).engine
                 engines[engine] = bool(found and found.importable)
-            obstacle = _find_obstacle(plan, facts, engines[engine])
+            has_engine = engines[engine] or way in installable
+            obstacle = _find_obstacle(plan, facts, has_engine)
             if not obstacle:
                 return plan.recipe
             obstacles.append(f"{plan.recipe.name}: {obstacle}")
@@ -104,7 +107,7 @@ def _candidates(model: str, way: str, decoder: Decoder, options: Options) -> lis
 
 def _find_obstacle(plan: Plan, facts: Facts, has_engine: bool) -> str:
     if not has_engine:
-        return f"{plan.needs.package} cannot be imported there"
+        return f"{plan.needs.package} cannot be imported there, and has no wheels for it"
     memory_bytes = facts.usable_memory_bytes
     if memory_bytes is not None and memory_bytes < plan.device_memory_bytes:
         need, have = format_bytes(plan.device_memory_bytes), format_bytes(memory_bytes)

@@ -1,11 +1,12 @@
 """`phiship ship`, `deploy`, `probe`, `status` from end to end, on the embedded device."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cli.commands import events, run
-from toolkit.errors import ArtifactError, PlanError, SmokeError
+from toolkit.errors import ArtifactError, PlanError, PreflightError, SmokeError
 
 RECIPES = [
     "tiny-phi3-onnx-cpu-int4",
@@ -44,6 +45,40 @@ def test_ship_without_a_recipe_chooses_one_that_fits(example: Path, tmp_path: Pa
     done = run("ship", str(example), "embedded", "--out", str(tmp_path), "--json", **place)
     assert done.returncode == 0, done.stderr + done.stdout
     assert str(step(done, "choose recipe")["measured"]).startswith("tiny-phi3-")
+
+
+def test_the_life_of_a_device(example: Path, tmp_path: Path) -> None:
+    """Two releases, back, forth, and away."""
+    place = {"PHISHIP_EMBEDDED_ROOT": str(tmp_path / "device")}
+
+    def go(*words: str, code: int = 0) -> list[dict[str, Any]]:
+        done = run(*words, "--json", **place)
+        assert done.returncode == code, done.stderr + done.stdout
+        return events(done)
+
+    for recipe in RECIPES[:2]:
+        go("build", recipe, "--checkpoint", str(example), "--out", str(tmp_path))
+        plan = go("deploy", str(tmp_path / recipe), "embedded", "--dry-run")
+        assert any(event.get("name") == "compare" for event in plan)
+        go("deploy", str(tmp_path / recipe), "embedded", "--limit-rate", "100MB")
+    first, second = (go("status", "embedded")[-1][key] for key in ("previous", "current"))
+    go("rollback", "embedded")
+    assert go("status", "embedded")[-1]["current"] == first
+    go("rollback", "embedded", "--to", second)
+    go("rollback", "embedded", "--to", "nothing", code=PreflightError.exit_code)
+    happened = [event["what"] for event in go("history", "embedded")]
+    assert happened == ["staged", "switching", "confirmed"] * 2 + ["switching", "confirmed"] * 2
+    assert "".join(event["text"] for event in go("logs", "embedded")).count("---") == 8
+    assert go("unlock", "embedded")[-1]["holder"] is None
+    go("uninstall", "embedded", "--yes")
+    assert go("status", "embedded")[-1]["current"] is None
+
+
+def test_uninstall_asks_first(tmp_path: Path) -> None:
+    place = {"PHISHIP_EMBEDDED_ROOT": str(tmp_path / "device")}
+    done = run("uninstall", "embedded", **place)
+    assert done.returncode == 130
+    assert "Remove every release from embedded" in done.stdout + done.stderr
 
 
 def test_a_device_that_is_too_small_is_refused_before_anything_is_built(

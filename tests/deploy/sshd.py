@@ -30,6 +30,7 @@ PermitRootLogin prohibit-password
 AllowTcpForwarding yes
 MaxStartups 100
 LogLevel VERBOSE
+Subsystem sftp internal-sftp
 """
 
 
@@ -51,6 +52,7 @@ class OpenSSH:
             "identity_file": str(self.folder / "id_ed25519"),
             "python": sys.executable,
             "root": str(root),
+            "runtime": "device",
         }
         return Device(**{**fields, **changes})
 
@@ -81,8 +83,10 @@ def find_sshd() -> str:
     return path
 
 
-def start_sshd(folder: Path, kinds: tuple[str, ...] = ("ed25519",), port: int = 0) -> OpenSSH:
-    """Start sshd with fresh keys; `kinds` are those of its host keys."""
+def start_sshd(
+    folder: Path, kinds: tuple[str, ...] = ("ed25519",), port: int = 0, more: str = ""
+) -> OpenSSH:
+    """Start sshd with fresh keys; `kinds` are those of its host keys, `more` lines of settings."""
     sshd = find_sshd()
     folder.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
@@ -94,7 +98,7 @@ def start_sshd(folder: Path, kinds: tuple[str, ...] = ("ed25519",), port: int = 
     port = port or find_free_port()
     host_keys = "\n".join(f"HostKey {folder}/host_{kind}" for kind in kinds)
     config = folder / "sshd_config"
-    config.write_text(CONFIG.format(port=port, host_keys=host_keys, folder=folder))
+    config.write_text(CONFIG.format(port=port, host_keys=host_keys, folder=folder) + more)
     log = folder / "sshd.log"
     process = subprocess.Popen([sshd, "-D", "-f", str(config), "-E", str(log)])
     _wait_for_banner(port, process, log)

@@ -12,18 +12,25 @@ from pathlib import Path
 import pytest
 
 import toolkit.runner
-from toolkit.runner.agent.blobs import receive_blob
+from toolkit.runner.agent import journal
+from toolkit.runner.agent.blobs import receive
 from toolkit.runner.agent.child import import_engine, run_child
 from toolkit.runner.agent.facts import read_facts, read_memory_limit
 from toolkit.runner.agent.layout import Layout, open_layout
 from toolkit.runner.agent.releases import (
     confirm_release,
     discard_release,
+    prune,
     read_link,
     read_status,
+    recover,
+    return_to_good,
     stage_release,
+    start_trial,
     switch_release,
+    uninstall,
 )
+from toolkit.runner.agent.serve import Agent
 from toolkit.runner.failure import Failure
 from toolkit.ssh.bundle import LIMIT_BYTES, pack_runner
 
@@ -37,7 +44,8 @@ def layout(tmp_path: Path) -> Layout:
 
 def add_blob(layout: Layout, content: bytes) -> str:
     sha256 = hashlib.sha256(content).hexdigest()
-    receive_blob(layout, io.BytesIO(content), sha256, len(content))
+    blob = {"sha256": sha256, "size_bytes": len(content), "from_bytes": 0}
+    receive(Agent(layout, io.BytesIO(content)), [blob])
     return sha256
 
 
@@ -70,6 +78,99 @@ def test_switch_keeps_what_a_rollback_needs(layout: Layout) -> None:
         assert discard_release(layout, name) == {"discarded": False}
     assert discard_release(layout, "one") == {"discarded": True}
     assert read_status(layout)["releases"] == ["four", "three", "two"]
+
+
+def put_into_use(layout: Layout, release: str, *, confirmed: bool = True) -> None:
+    stage(layout, release)
+    switch_release(layout, release)
+    if confirmed:
+        confirm_release(layout, release)
+
+
+def test_return_goes_to_the_recorded_release(layout: Layout) -> None:
+    """Not to the newest one, nor to the one named `previous`."""
+    for name in ("one", "two"):
+        put_into_use(layout, name)
+    put_into_use(layout, "three", confirmed=False)
+    stage(layout, "four")
+    assert return_to_good(layout) == {"current": "two", "failed": "three"}
+    assert read_link(layout.current) == "two"
+    assert layout.read_state()["pending"] is None
+    assert (layout.current / "sub/b.txt").read_text() == "two"
+
+
+def test_return_without_a_good_release_leaves_nothing_in_use(layout: Layout) -> None:
+    put_into_use(layout, "one", confirmed=False)
+    assert return_to_good(layout) == {"current": None, "failed": "one"}
+    assert read_link(layout.current) is None
+
+
+def test_recover_ends_a_trial_nobody_watches(layout: Layout) -> None:
+    put_into_use(layout, "one")
+    put_into_use(layout, "two", confirmed=False)
+    assert recover(layout)["returned"] == {"current": "one", "failed": "two"}
+    assert recover(layout)["returned"] is None
+    assert journal.read(layout)[-1]["event"] == "returned"
+
+
+def test_recover_of_the_first_push_leaves_it_in_use(layout: Layout) -> None:
+    put_into_use(layout, "one", confirmed=False)
+    assert recover(layout)["returned"] is None
+    assert read_link(layout.current) == "one"
+
+
+def test_service_may_start_a_trial_once(layout: Layout) -> None:
+    put_into_use(layout, "one")
+    assert start_trial(layout) == {"returned": None}
+    put_into_use(layout, "two", confirmed=False)
+    assert start_trial(layout) == {"returned": None}
+    assert read_link(layout.current) == "two"
+    assert start_trial(layout) == {"returned": {"current": "one", "failed": "two"}}
+    assert read_link(layout.current) == "one"
+
+
+def test_prune_keeps_what_is_needed(layout: Layout) -> None:
+    for name in ("one", "two", "three"):
+        put_into_use(layout, name)
+    stage(layout, "four")
+    (layout.runtimes / "unused").mkdir()
+    (layout.runtimes / "used").mkdir()
+    stage_release(layout, "five", {"a.txt": add_blob(layout, b"a")}, "used")
+    switch_release(layout, "five")
+    (layout.incoming / ("0" * 64 + ".part")).write_bytes(b"x")
+    assert prune(layout)["releases"] == ["four", "one", "two"]
+    status = read_status(layout)
+    assert status["releases"] == ["five", "three"]  # pending and current; previous and good
+    assert (status["runtimes"], status["incoming"], status["blobs"]) == (["used"], [], 2)
+    assert (layout.previous / "sub/b.txt").read_text() == "three"
+    assert (layout.current / "a.txt").read_bytes() == b"a"
+
+
+def test_uninstall_takes_everything_and_nothing_else(layout: Layout) -> None:
+    put_into_use(layout, "one")
+    stranger = layout.base.parent / "mine.txt"
+    stranger.write_text("x")
+    uninstall(layout)
+    assert list(layout.base.parent.iterdir()) == [stranger]
+    stranger.unlink()
+    uninstall(open_layout(str(layout.base.parent)))
+    assert not layout.base.parent.exists()
+
+
+def test_journal_with_a_torn_line(layout: Layout) -> None:
+    journal.log(layout, "first")
+    with layout.journal.open("a") as stream:
+        stream.write('{"event": "to')
+    journal.log(layout, "second")
+    assert [event["event"] for event in journal.read(layout)] == ["first", "second"]
+
+
+def test_journal_does_not_grow_for_ever(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "KEPT_EVENTS", 3)
+    for number in range(7):
+        journal.log(layout, str(number))
+    journal.trim(layout)
+    assert [event["event"] for event in journal.read(layout)] == ["4", "5", "6"]
 
 
 def test_switch_to_the_same_changes_nothing(layout: Layout) -> None:
@@ -118,7 +219,7 @@ def test_disk_that_is_really_full(layout: Layout) -> None:
     sha256 = hashlib.sha256(b"a").hexdigest()
     (layout.incoming / f"{sha256}.part").symlink_to("/dev/full")
     with pytest.raises(Failure, match="disk is full"):
-        receive_blob(layout, io.BytesIO(b"a"), sha256, 1)
+        add_blob(layout, b"a")
     assert read_status(layout)["incoming"] == []
     assert read_status(layout)["blobs"] == 0
 
@@ -217,11 +318,17 @@ def test_zipapp_runs_alone(tmp_path: Path) -> None:
     """Without toolkit on the path, without site packages, without a locale."""
     path = tmp_path / "runner"
     path.write_bytes(pack_runner().content)
-    command = [sys.executable, "-I", "-S", "-B", str(path), "agent", "facts", "--root"]
+    command = [sys.executable, "-I", "-S", "-B", str(path), "agent", "serve", "--root"]
     done = subprocess.run(
-        [*command, str(tmp_path / "x")], capture_output=True, check=True, env={"LC_ALL": "C"}
+        [*command, str(tmp_path / "x")],
+        input=b'{"call": "facts"}\n{"call": "status"}\n',
+        capture_output=True,
+        check=True,
+        env={"LC_ALL": "C"},
     )
-    assert json.loads(done.stdout)["word_bits"] == 64
+    facts, status = (json.loads(line)["answer"] for line in done.stdout.splitlines())
+    assert facts["word_bits"] == 64
+    assert status["current"] is None
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)

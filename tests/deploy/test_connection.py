@@ -5,62 +5,94 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from tests.deploy.sshd import LOOPBACK, OpenSSH, find_free_port, make_key, start_sshd
 from toolkit.device import Device
-from toolkit.errors import HostKeyError, RunnerError, UnreachableError
-from toolkit.ssh import connection as connection_module
-from toolkit.ssh import handshake
-from toolkit.ssh.connection import connect
+from toolkit.errors import HostKeyError, UnreachableError
+from toolkit.ssh import channel, handshake
+from toolkit.ssh import openssh as openssh_module
+from toolkit.ssh import session as session_module
+from toolkit.ssh.carrier import (
+    OPENSSH_FROM_BYTES,
+    STDERR_TAIL_BYTES,
+    Carrier,
+    Ending,
+    choose_carrier,
+    explain_loss,
+    open_stream,
+)
 from toolkit.ssh.endpoint import parse_settings, resolve_endpoint
+from toolkit.ssh.login import log_in
+from toolkit.ssh.openssh import build_command
+from toolkit.ssh.session import open_session
 
 
-def test_output_code_and_signal(device: Device) -> None:
-    with connect(device) as link:
-        done = link.run("echo out; echo err >&2; exit 3", timeout_s=30)
-        assert (done.stdout, done.stderr, done.code, done.signal) == (b"out\n", b"err\n", 3, None)
-        assert link.run("sh -c 'kill -SEGV $$'; exit $?", timeout_s=30).signal == "SIGSEGV"
-        assert link.run("kill -KILL $$", timeout_s=30).signal == "an unnamed signal"
+def run(
+    device: Device, command: str, pieces: Iterable[bytes] = (), carrier: Carrier = "paramiko"
+) -> tuple[bytes, Ending]:
+    """Feed a command, read all of its output meanwhile, wait for its end."""
+    output = bytearray()
+
+    def read() -> None:
+        while piece := stream.receive():
+            output.extend(piece)
+
+    with open_stream(device, command, carrier) as stream:
+        reader = threading.Thread(target=read)
+        reader.start()
+        for piece in pieces:
+            if not stream.send(piece):
+                break
+        ending = stream.finish()
+        reader.join()
+    return bytes(output), ending
 
 
-def test_input_and_both_outputs_at_once(device: Device) -> None:
+@pytest.fixture(params=["paramiko", "openssh"])
+def carrier(request: pytest.FixtureRequest) -> Carrier:
+    found: Carrier = request.param
+    return found
+
+
+def test_output_code_and_signal(device: Device, carrier: Carrier) -> None:
+    output, ending = run(device, "echo out; echo err >&2; exit 3", carrier=carrier)
+    assert (output, ending) == (b"out\n", Ending(3, None, "err\n", is_lost=False))
+    _, ending = run(device, "sh -c 'kill -SEGV $$'; exit $?", carrier=carrier)
+    assert ending.signal == "SIGSEGV"
+
+
+def test_input_and_both_outputs_at_once(device: Device, carrier: Carrier) -> None:
     """5 MB into a command that answers all of it while it is still being fed."""
-    pieces = [bytes([number]) * 250_000 for number in range(20)]
-    with connect(device) as link:
-        done = link.run("tee /dev/stderr", iter(pieces), timeout_s=120)
-    assert done.stdout == b"".join(pieces)
-    assert len(done.stderr) == connection_module.STDERR_TAIL_BYTES
-    assert done.stderr == done.stdout[-len(done.stderr) :]
+    pieces = [bytes([97 + number]) * 250_000 for number in range(20)]
+    output, ending = run(device, "tee /dev/stderr", pieces, carrier)
+    assert output == b"".join(pieces)
+    assert ending.stderr.encode() == output[-STDERR_TAIL_BYTES:]
 
 
-def test_command_that_does_not_read_its_input(device: Device) -> None:
-    with connect(device) as link:
-        done = link.run("echo no thanks; exit 7", [b"x" * 250_000] * 100, timeout_s=60)
-    assert (done.stdout, done.code) == (b"no thanks\n", 7)
+def test_command_that_does_not_read_its_input(device: Device, carrier: Carrier) -> None:
+    output, ending = run(device, "echo no thanks; exit 7", [b"x" * 250_000] * 100, carrier)
+    assert (output, ending.code) == (b"no thanks\n", 7)
 
 
-def test_silent_command_may_take_its_time_but_not_more(
-    device: Device, monkeypatch: pytest.MonkeyPatch
+def test_stalled_transfer(
+    device: Device, carrier: Carrier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_module, "STALL_TIMEOUT_S", 0.2)
-    with connect(device) as link:
-        assert link.run("sleep 1; echo done", timeout_s=60).stdout == b"done\n"
-        started_s = time.monotonic()
-        with pytest.raises(UnreachableError, match="longer than 1 s"):
-            link.run("sleep 60", timeout_s=1)
-        # Far less than the command's minute, far more than a busy machine needs.
-        assert time.monotonic() - started_s < 30
-
-
-def test_stalled_transfer(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "STALL_TIMEOUT_S", 1)
-    with connect(device) as link, pytest.raises(UnreachableError, match="no answer in time"):
-        link.run("sleep 60", iter(lambda: b"x" * 250_000, b""), timeout_s=120)
+    for module in (channel, openssh_module):
+        monkeypatch.setattr(module, "STALL_TIMEOUT_S", 1)
+    endless = iter(lambda: b"x" * 250_000, b"")
+    with (
+        pytest.raises(UnreachableError, match="no answer in time"),
+        explain_loss("board"),
+        open_stream(device, "sleep 60", carrier) as stream,
+    ):
+        for piece in endless:
+            stream.send(piece)
 
 
 @pytest.fixture
@@ -82,16 +114,19 @@ def silenceable(tmp_path: Path) -> Iterator[tuple[Device, Callable[[], None]]]:
     server.stop()
 
 
-def test_server_that_goes_silent(
-    silenceable: tuple[Device, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+def test_device_that_falls_silent(
+    silenceable: tuple[Device, Callable[[], None]],
+    carrier: Carrier,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(connection_module, "OPEN_TIMEOUT_S", 2)
+    """In the middle of a session, with the connection still open."""
+    monkeypatch.setattr(session_module, "SILENCE_TIMEOUT_S", 2)
     device, silence = silenceable
-    with connect(device) as link:
-        assert link.run("echo hello", timeout_s=30).stdout == b"hello\n"
+    with open_session(device, carrier) as session:
+        session.call("status")
         silence()
-        with pytest.raises(UnreachableError):
-            link.run("echo hello", timeout_s=30)
+        with pytest.raises(UnreachableError, match="silent for 2 s"):
+            session.call("status")
 
 
 def test_exec_that_is_never_answered(
@@ -99,29 +134,37 @@ def test_exec_that_is_never_answered(
 ) -> None:
     """The channel opens, and then the server goes silent."""
     device, silence = silenceable
-    with connect(device) as link:
-        open_session = link._transport.open_session
+    with log_in(device) as transport:
+        open_channel = transport.open_session
 
         def open_then_silence(timeout: float) -> object:
-            channel = open_session(timeout=timeout)
+            opened = open_channel(timeout=timeout)
             silence()
-            monkeypatch.setattr(connection_module, "OPEN_TIMEOUT_S", 2)
-            return channel
+            monkeypatch.setattr(channel, "OPEN_TIMEOUT_S", 2)
+            return opened
 
-        monkeypatch.setattr(link._transport, "open_session", open_then_silence)
-        with pytest.raises(UnreachableError):
-            link.run("echo hello", timeout_s=30)
+        monkeypatch.setattr(transport, "open_session", open_then_silence)
+        with pytest.raises(UnreachableError), explain_loss("board"):
+            channel._open(transport, "echo hello")
 
 
-def test_too_much_output(device: Device) -> None:
-    with connect(device) as link, pytest.raises(RunnerError, match="printed more than"):
-        link.run("yes", timeout_s=60)
+def test_line_without_an_end(device: Device) -> None:
+    endless = msgspec.structs.replace(device, python="sh -c 'yes | tr -d \"\\\\n\"'")
+    with pytest.raises(UnreachableError, match="printed more than"), open_session(endless):
+        pass
+
+
+def test_login_shell_that_talks(device: Device) -> None:
+    """Greetings before the agent's own lines, one of them JSON."""
+    talking = f"sh -c 'echo Welcome; echo 7; exec {device.python} \"$@\"' --"
+    with open_session(msgspec.structs.replace(device, python=talking)) as session:
+        assert session.call("status")["current"] is None
 
 
 def test_nobody_listens(openssh: OpenSSH, tmp_path: Path) -> None:
     with (
         pytest.raises(UnreachableError, match="cannot be reached"),
-        connect(openssh.device(tmp_path, port=find_free_port())),
+        open_stream(openssh.device(tmp_path, port=find_free_port()), "true", "paramiko"),
     ):
         pass
 
@@ -129,7 +172,7 @@ def test_nobody_listens(openssh: OpenSSH, tmp_path: Path) -> None:
 def test_unknown_name(openssh: OpenSSH, tmp_path: Path) -> None:
     with (
         pytest.raises(UnreachableError, match=r"board: the name no\.such\.invalid is not known"),
-        connect(openssh.device(tmp_path, host="no.such.invalid")),
+        open_stream(openssh.device(tmp_path, host="no.such.invalid"), "true", "paramiko"),
     ):
         pass
 
@@ -154,7 +197,7 @@ def test_no_ssh_there(
         port = server.getsockname()[1]
         with (
             pytest.raises(UnreachableError, match="not as an SSH server"),
-            connect(openssh.device(tmp_path, port=port)),
+            open_stream(openssh.device(tmp_path, port=port), "true", "paramiko"),
         ):
             pass
         held[0].close()
@@ -164,8 +207,8 @@ def test_key_refused(openssh: OpenSSH, tmp_path: Path) -> None:
     make_key(tmp_path / "stranger", "ed25519")
     path = tmp_path / "stranger"
     device = openssh.device(tmp_path, identity_file=str(path), host_key=openssh.fingerprint())
-    with pytest.raises(UnreachableError, match=r"stranger was refused") as caught, connect(device):
-        pass
+    with pytest.raises(UnreachableError, match=r"stranger was refused") as caught:
+        run(device, "true")
     assert "ssh-copy-id" in caught.value.advice
     secret = path.read_text().splitlines()[2]
     assert secret not in str(caught.value)
@@ -185,8 +228,8 @@ def test_key_that_cannot_be_used(openssh: OpenSSH, tmp_path: Path, name: str, wo
     device = openssh.device(
         tmp_path, identity_file=str(tmp_path / name), host_key=openssh.fingerprint()
     )
-    with pytest.raises(UnreachableError, match=words), connect(device):
-        pass
+    with pytest.raises(UnreachableError, match=words):
+        run(device, "true")
 
 
 def test_key_from_the_agent(
@@ -205,8 +248,7 @@ def test_key_from_the_agent(
             device = openssh.device(
                 tmp_path, identity_file=identity_file, host_key=openssh.fingerprint()
             )
-            with connect(device) as link:
-                assert link.run("echo hello", timeout_s=30).stdout == b"hello\n"
+            assert run(device, "echo hello")[0] == b"hello\n"
     finally:
         agent.terminate()
         agent.wait()
@@ -224,8 +266,8 @@ def test_settings_of_openssh_and_a_jump(openssh: OpenSSH, tmp_path: Path, own_ho
     endpoint = resolve_endpoint(alias)
     assert (endpoint.host, endpoint.port, endpoint.jumps) == (LOOPBACK, openssh.port, ("gate",))
     assert endpoint.user == alias.user  # what the device says wins over the settings
-    with pytest.raises(HostKeyError, match="gate: its host key is unknown"), connect(alias):
-        pass
+    with pytest.raises(HostKeyError, match="gate: its host key is unknown"):
+        run(alias, "true")
     own = own_home / ".config" / "phiship"
     own.mkdir(parents=True)
     line = f"[{LOOPBACK}]:{openssh.port} {openssh.public_key()}\n"
@@ -233,8 +275,7 @@ def test_settings_of_openssh_and_a_jump(openssh: OpenSSH, tmp_path: Path, own_ho
     (own_home / "ssh_config").write_text(
         (own_home / "ssh_config").read_text().replace("nobody", alias.user)
     )
-    with connect(alias) as link:
-        assert link.run("echo hello", timeout_s=30).stdout == b"hello\n"
+    assert run(alias, "echo hello")[0] == b"hello\n"
 
 
 def test_proxy_command_is_refused(openssh: OpenSSH, tmp_path: Path, own_home: Path) -> None:
@@ -253,5 +294,66 @@ def test_settings_lines() -> None:
 
 
 def test_fast_cipher_is_used(openssh: OpenSSH, tmp_path: Path) -> None:
-    with connect(openssh.device(tmp_path, host_key=openssh.fingerprint())) as link:
-        assert link._transport.remote_cipher == "aes128-gcm@openssh.com"
+    with log_in(openssh.device(tmp_path, host_key=openssh.fingerprint())) as transport:
+        assert transport.remote_cipher == "aes128-gcm@openssh.com"
+    chosen = openssh.device(tmp_path, host_key=openssh.fingerprint(), cipher="aes256-ctr")
+    with log_in(chosen) as transport:
+        assert transport.remote_cipher == "aes256-ctr"
+
+
+def test_openssh_is_told_one_key_and_no_other(openssh: OpenSSH, tmp_path: Path) -> None:
+    """Trust is decided here: a wrong pin is refused before ssh is run; ssh itself asks nobody."""
+    wrong = openssh.device(tmp_path, host_key="SHA256:" + "A" * 43)
+    with pytest.raises(HostKeyError):
+        run(wrong, "true", carrier="openssh")
+    command = build_command(openssh.device(tmp_path), "true", tmp_path / "it's one")
+    assert "StrictHostKeyChecking=yes" in command
+    assert "GlobalKnownHostsFile=none" in command
+    assert f'UserKnownHostsFile="{tmp_path}/it\'s one"' in command
+    assert command[-3:] == ["--", LOOPBACK, "true"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "KexAlgorithms diffie-hellman-group14-sha1\n",
+        "Ciphers chacha20-poly1305@openssh.com\n",
+        "HostKeyAlgorithms ssh-rsa\n",
+    ],
+)
+def test_server_that_is_too_old(tmp_path: Path, settings: str) -> None:
+    """One that offers SHA-1 only, or nothing that paramiko has: said, and what to do."""
+    server = start_sshd(tmp_path / "sshd", kinds=("ed25519", "rsa"), more=settings)
+    with pytest.raises(UnreachableError, match="shares no algorithm with paramiko") as caught:
+        run(server.device(tmp_path, host_key=server.fingerprint()), "true")
+    server.stop()
+    assert "update it" in caught.value.advice
+
+
+def test_login_that_ssh_does_not_get(openssh: OpenSSH, tmp_path: Path) -> None:
+    make_key(tmp_path / "stranger", "ed25519")
+    key = str(tmp_path / "stranger")
+    device = openssh.device(tmp_path, identity_file=key, host_key=openssh.fingerprint())
+    with (
+        pytest.raises(UnreachableError, match="Permission denied"),
+        open_session(device, "openssh"),
+    ):
+        pass
+
+
+def test_choice_of_the_carrier(openssh: OpenSSH, tmp_path: Path, own_home: Path) -> None:
+    device = openssh.device(tmp_path)
+    assert choose_carrier(device, "auto", OPENSSH_FROM_BYTES) == "openssh"
+    assert choose_carrier(device, "auto", OPENSSH_FROM_BYTES - 1) == "paramiko"
+    assert choose_carrier(device, "openssh", 0) == "openssh"
+    (own_home / "ssh_config").write_text("Host *\n  ProxyJump gate\n")
+    assert choose_carrier(device, "auto", OPENSSH_FROM_BYTES) == "paramiko"
+
+
+def test_no_ssh_on_this_machine(
+    openssh: OpenSSH, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert choose_carrier(openssh.device(tmp_path), "auto", 10**10) == "paramiko"
+    with pytest.raises(UnreachableError, match="no ssh on this machine"):
+        choose_carrier(openssh.device(tmp_path), "openssh", 0)

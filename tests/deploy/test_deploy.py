@@ -10,10 +10,10 @@ import pytest
 
 from tests.deploy.sealed import QUESTION, seal_noise
 from tests.deploy.sshd import OpenSSH
-from toolkit import deploy as deploying
+from toolkit import preflight
 from toolkit.artifact import Smoke, hash_file, list_files, read_manifest, write_manifest
 from toolkit.console import Console
-from toolkit.deploy import deploy, generate, name_release, probe, read_status
+from toolkit.deploy import Push, deploy, name_release
 from toolkit.device import Device, resolve_device
 from toolkit.errors import (
     ArtifactError,
@@ -24,13 +24,15 @@ from toolkit.errors import (
     SmokeError,
     UnreachableError,
 )
+from toolkit.remote import generate, probe, read_status
 from toolkit.report import Report
+from toolkit.smoke import Answer, check_answer
 from toolkit.ssh.bundle import pack_runner
 from toolkit.ssh.embedded import EmbeddedDevice
 
 STEPS = [
-    "check artifact", "connect", "preflight", "compare", "disk", "transfer", "stage", "smoke test",
-    "switch",
+    "check artifact", "connect", "preflight", "runtime", "lock", "compare", "disk", "transfer",
+    "stage", "smoke test", "switch", "health", "confirm", "prune",
 ]  # fmt: skip
 
 
@@ -64,7 +66,7 @@ def test_deploy_again_and_another(
     assert smoke.expect in steps["smoke test"]
     assert steps["switch"] == "from nothing"
     status = read_status(device)
-    assert status.current == status.state["good"] == find_release(artifact)
+    assert status.current == status.state.good == find_release(artifact)
 
     second = find_steps(deploy(artifact, device, console))
     assert second["compare"].startswith("0 of ")
@@ -75,7 +77,7 @@ def test_deploy_again_and_another(
     other = find_steps(deploy(artifacts["gguf"], device, console))
     assert other["switch"] == f"from {status.current}"
     after = read_status(device)
-    assert after.current == after.state["good"] == find_release(artifacts["gguf"])
+    assert after.current == after.state.good == find_release(artifacts["gguf"])
     assert after.previous == status.current
     assert smoke.expect in generate(device, smoke.prompt, smoke.max_tokens).text
 
@@ -89,10 +91,10 @@ def test_wrong_answer_changes_nothing(
     wrong = Smoke(prompt="What is the capital of France?", expect="Atlantis")
     report = Report("deploy")
     with pytest.raises(SmokeError, match="'Atlantis'") as caught:
-        deploy(artifacts["gguf"], device, console, smoke=wrong, report=report)
+        deploy(artifacts["gguf"], device, console, Push(smoke=wrong), report=report)
     assert "it answered '" in str(caught.value)
     assert not report.ok
-    assert [step.ok for step in report.steps] == [True] * 7 + [False]
+    assert [step.ok for step in report.steps] == [True] * 9 + [False]
     after = read_status(device)
     assert (after.current, after.previous, after.state, after.releases) == (
         before.current,
@@ -109,7 +111,7 @@ def test_wrong_answer_of_the_release_in_use(
     """It stays, although the same artifact has just failed another question."""
     deploy(artifacts["onnx"], board, console)
     with pytest.raises(SmokeError):
-        deploy(artifacts["onnx"], board, console, smoke=QUESTION)
+        deploy(artifacts["onnx"], board, console, Push(smoke=QUESTION))
     assert read_status(board).current == find_release(artifacts["onnx"])
     assert generate(board, "Hello", 4).text
 
@@ -120,11 +122,11 @@ def test_answer_is_compared_without_case_and_spaces(
     smoke = read_manifest(artifacts["onnx"]).smoke
     assert smoke
     loud = msgspec.structs.replace(smoke, expect=f"  {smoke.expect.upper()}\n")
-    assert deploy(artifacts["onnx"], board, console, smoke=loud).ok
+    assert deploy(artifacts["onnx"], board, console, Push(smoke=loud)).ok
 
 
 def test_words_of_a_model_cannot_steer_a_terminal() -> None:
-    answer = deploying.Answer(
+    answer = Answer(
         text="\x1b[2J\u202egood \x9bm" + "x" * 1000,
         prompt_tokens=1,
         new_tokens=1,
@@ -138,7 +140,7 @@ def test_words_of_a_model_cannot_steer_a_terminal() -> None:
         token_ids=(1,),
     )
     with pytest.raises(SmokeError) as caught:
-        deploying.check_answer("board", answer, QUESTION)
+        check_answer("board", answer, QUESTION)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 600
 
@@ -184,7 +186,7 @@ def test_runtime_that_is_not_there(
     device = start_embedded(environment=put_stub_engine(tmp_path / "stub", missing)).start()
     with pytest.raises(PreflightError, match="libgomp") as caught:
         deploy(seal_noise(tmp_path / "noise"), device, console)
-    assert "-m pip install onnxruntime-genai==0.11.0" in caught.value.advice
+    assert "libgomp1" in caught.value.advice
 
 
 def test_model_the_runtime_refuses(board: Device, tmp_path: Path, console: Console) -> None:
@@ -200,7 +202,7 @@ def test_disk_too_small(
     console: Console,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(deploying, "DISK_RESERVE_BYTES", 100_000)
+    monkeypatch.setattr(preflight, "DISK_RESERVE_BYTES", 100_000)
     device = start_embedded(quota_bytes=350_000).start()
     with pytest.raises(PreflightError, match=r"kB of disk are free; 30\d kB have to be sent"):
         deploy(seal_noise(tmp_path / "noise"), device, console)
@@ -224,7 +226,7 @@ def test_machine_that_no_runtime_knows(
     facts = probe(start_embedded().start())
     other = msgspec.structs.replace(facts, machine=machine, word_bits=bits)
     with pytest.raises(PreflightError, match=f"{machine} with a {bits}-bit userland"):
-        deploying.check_facts("board", other, read_manifest(seal_noise(tmp_path / "noise")))
+        preflight.check_facts("board", other, read_manifest(seal_noise(tmp_path / "noise")))
 
 
 def test_unchecked_artifact(tmp_path: Path, board: Device, console: Console) -> None:
@@ -233,7 +235,7 @@ def test_unchecked_artifact(tmp_path: Path, board: Device, console: Console) -> 
         deploy(artifact, board, console)
     report = Report("deploy")
     with pytest.raises(RunnerError):  # it gets as far as its noise can
-        deploy(artifact, board, console, accept_unchecked=True, report=report)
+        deploy(artifact, board, console, Push(accept_unchecked=True), report=report)
     assert report.steps[-1].name == "smoke test"
 
 
@@ -339,7 +341,7 @@ def test_same_artifact_with_another_runner_is_another_release(
     changed = dataclasses.replace(
         runner, content=content, sha256=__import__("hashlib").sha256(content).hexdigest()
     )
-    for module in ("toolkit.deploy", "toolkit.ssh.agent"):
+    for module in ("toolkit.deploy", "toolkit.ssh.session"):
         monkeypatch.setattr(f"{module}.pack_runner", lambda: changed)
     assert deploy(artifacts["onnx"], board, console).ok
     after = read_status(board)

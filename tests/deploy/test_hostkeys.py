@@ -9,14 +9,14 @@ import pytest
 from tests.deploy.sshd import LOOPBACK, OpenSSH, find_free_port, make_key, start_sshd
 from toolkit.device import Device
 from toolkit.errors import HostKeyError
-from toolkit.ssh.connection import connect
+from toolkit.ssh.carrier import open_stream
 from toolkit.ssh.hostkeys import trust
 from toolkit.ssh.knownhosts import find_known_keys, own_file
 
 
 def log_in(device: Device) -> bytes:
-    with connect(device) as connection:
-        return connection.run("echo hello", timeout_s=30).stdout
+    with open_stream(device, "echo hello", "paramiko") as stream:
+        return stream.receive()
 
 
 def write_known_hosts(home: Path, *lines: str) -> Path:

@@ -1,37 +1,49 @@
 """Transfer: right bytes durably there, or nothing; what is there is not sent again."""
 
+import dataclasses
+import json
+import os
+import random
+import signal as signals
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.deploy.sealed import make_blob
 from tests.deploy.sshd import OpenSSH
 from toolkit.device import Device
-from toolkit.errors import ArtifactError, PreflightError, UnreachableError
-from toolkit.ssh.agent import Agent, build_bootstrap, start_agent
+from toolkit.errors import ArtifactError, PreflightError, RunnerError, UnreachableError
+from toolkit.progress import Ignored
+from toolkit.runner.agent.blobs import PREFIX_STEP_BYTES
 from toolkit.ssh.bundle import pack_runner
-from toolkit.ssh.connection import connect
+from toolkit.ssh.channel import ChannelStream
 from toolkit.ssh.embedded import EmbeddedDevice
-from toolkit.ssh.transfer import Blob, find_missing, send_blobs
+from toolkit.ssh.login import log_in
+from toolkit.ssh.session import Session, build_command, open_session
+from toolkit.ssh.transfer import Blob, Part, find_missing, send_parts
 
 SIZE_BYTES = 3_000_000
 
 
 @contextmanager
-def agent_on(device: Device) -> Iterator[Agent]:
-    with connect(device) as link:
-        yield start_agent(link)
+def pushing(device: Device) -> Iterator[Session]:
+    """A session that holds the lock."""
+    with open_session(device) as session:
+        session.lock()
+        yield session
 
 
-def count_nothing(_: int) -> None:
-    pass
+def find_base(session: Session) -> Path:
+    return Path(session.call("status")["root"])
 
 
-def find_base(agent: Agent) -> Path:
-    return Path(agent.call("status")["root"])
+def send(session: Session, *blobs: Blob) -> None:
+    send_parts(session, [Part(blob, 0) for blob in blobs], Ignored())
 
 
 def make_blobs(folder: Path) -> list[Blob]:
@@ -40,16 +52,32 @@ def make_blobs(folder: Path) -> list[Blob]:
     return [make_blob(folder / name, content) for name, content in contents.items()]
 
 
+class Counter(Ignored):
+    """A progress bar that remembers."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.parts: list[str] = []
+
+    def __call__(self, count: int) -> None:
+        self.bytes += count
+
+    def show(self, part: str) -> None:
+        self.parts.append(part)
+
+
 def test_push_then_push_again(device: Device, tmp_path: Path) -> None:
     blobs = make_blobs(tmp_path / "files")
-    pieces: list[int] = []
-    with agent_on(device) as agent, agent.hold_lock():
-        missing = find_missing(agent, [*blobs, blobs[0]])
-        assert (missing.blobs, missing.size_bytes) == (tuple(blobs), SIZE_BYTES + 1)
-        send_blobs(agent, missing.blobs, pieces.append)
-        assert sum(pieces) == missing.size_bytes
-        assert find_missing(agent, blobs).blobs == ()
-        base = find_base(agent)
+    counter = Counter()
+    with pushing(device) as session:
+        missing = find_missing(session, [*blobs, blobs[0]])
+        assert [part.blob for part in missing.parts] == blobs
+        assert (missing.size_bytes, missing.resumed_bytes) == (SIZE_BYTES + 1, 0)
+        send_parts(session, missing.parts, counter)
+        assert counter.bytes == missing.size_bytes
+        assert counter.parts == ["big (1 of 3)", "one (2 of 3)", "empty (3 of 3)"]
+        assert find_missing(session, blobs).parts == ()
+        base = find_base(session)
     for blob in blobs:
         path = base / "blobs" / "sha256" / blob.sha256
         assert path.read_bytes() == blob.path.read_bytes()
@@ -58,12 +86,13 @@ def test_push_then_push_again(device: Device, tmp_path: Path) -> None:
 
 
 def test_other_bytes_than_announced_are_refused(device: Device, tmp_path: Path) -> None:
+    """A file that changed here after its manifest was written; the session goes on."""
     blob = make_blob(tmp_path / "file", b"a" * SIZE_BYTES)
     blob.path.write_bytes(b"a" * (SIZE_BYTES - 1) + b"b")
-    with agent_on(device) as agent, agent.hold_lock():
+    with pushing(device) as session:
         with pytest.raises(ArtifactError, match=blob.sha256):
-            send_blobs(agent, [blob], count_nothing)
-        base = find_base(agent)
+            send(session, blob)
+        base = find_base(session)
         assert not (base / "blobs" / "sha256" / blob.sha256).exists()
         assert list((base / "incoming").iterdir()) == []
 
@@ -72,10 +101,82 @@ def test_file_that_shrinks_while_it_is_sent(device: Device, tmp_path: Path) -> N
     blob = make_blob(tmp_path / "file", b"a" * SIZE_BYTES)
     other = make_blob(tmp_path / "other", b"b" * SIZE_BYTES)
     blob.path.write_bytes(b"a" * 1000)
-    with agent_on(device) as agent, agent.hold_lock():
-        with pytest.raises(ArtifactError, match="2999000 bytes are missing"):
-            send_blobs(agent, [blob, other], count_nothing)
-        assert find_missing(agent, [blob, other]).blobs == (blob, other)
+    with pytest.raises(ArtifactError, match="2999000 bytes are missing"), pushing(device) as link:
+        send(link, blob, other)
+    blob.path.write_bytes(b"a" * SIZE_BYTES)
+    with pushing(device) as session:
+        assert [part.blob for part in find_missing(session, [blob, other]).parts] == [blob, other]
+
+
+def begin(session: Session, blob: Blob, content: bytes) -> Path:
+    """Leave an unfinished file, as an earlier push would."""
+    part = find_base(session) / "incoming" / f"{blob.sha256}.part"
+    part.write_bytes(content)
+    return part
+
+
+NOISE = random.Random(1).randbytes(3 * PREFIX_STEP_BYTES + 1000)
+
+
+@pytest.mark.parametrize(
+    ("begun", "resumed_bytes"),
+    [
+        pytest.param(NOISE[:2_000_000], 2_000_000, id="ends anywhere"),
+        pytest.param(NOISE, len(NOISE), id="whole but not sealed"),
+        pytest.param(b"", 0, id="empty"),
+        pytest.param(
+            NOISE[: 2 * PREFIX_STEP_BYTES + 5] + bytes(500_000), 2 * PREFIX_STEP_BYTES,
+            id="zeros of a power cut at its end",
+        ),
+        pytest.param(b"x" + NOISE[1:], 0, id="first byte wrong"),
+        pytest.param(NOISE + b"x", 0, id="too long"),
+    ],
+)  # fmt: skip
+def test_unfinished_file_is_continued(
+    device: Device, tmp_path: Path, begun: bytes, resumed_bytes: int
+) -> None:
+    blob = make_blob(tmp_path / "file", NOISE)
+    counter = Counter()
+    with pushing(device) as session:
+        begin(session, blob, begun)
+    with pushing(device) as session:
+        missing = find_missing(session, [blob])
+        assert missing.resumed_bytes == resumed_bytes
+        send_parts(session, missing.parts, counter)
+        assert counter.bytes == len(NOISE) - resumed_bytes
+        path = find_base(session) / "blobs" / "sha256" / blob.sha256
+    assert path.read_bytes() == NOISE
+
+
+def test_part_that_rots_after_it_was_compared(device: Device, tmp_path: Path) -> None:
+    """The device finds out by its hash, and the file is sent anew: never wedged."""
+    blob = make_blob(tmp_path / "file", NOISE)
+    with pushing(device) as session:
+        begin(session, blob, NOISE[:PREFIX_STEP_BYTES])
+        missing = find_missing(session, [blob])
+        # From another file: what is announced is not what arrives.
+        wrong = dataclasses.replace(blob, path=tmp_path / "wrong")
+        wrong.path.write_bytes(b"x" * len(NOISE))
+        with pytest.raises(ArtifactError):
+            send_parts(session, [Part(wrong, missing.parts[0].from_bytes)], Ignored())
+        assert find_missing(session, [blob]).resumed_bytes == 0
+        send(session, blob)
+        assert find_missing(session, [blob]).parts == ()
+
+
+def test_offset_that_was_never_compared(device: Device, tmp_path: Path) -> None:
+    blob = make_blob(tmp_path / "file", NOISE)
+    with pushing(device) as session, pytest.raises(RunnerError, match="cannot be continued"):
+        send_parts(session, [Part(blob, 12)], Ignored())
+
+
+def test_limited_rate(board: Device, tmp_path: Path) -> None:
+    blob = make_blob(tmp_path / "file", NOISE[:1_000_000])
+    with pushing(board) as session:
+        started_s = time.monotonic()
+        send_parts(session, [Part(blob, 0)], Ignored(), bytes_per_s=1_000_000)
+        # A limit: no machine is faster.
+        assert time.monotonic() - started_s > 0.9
 
 
 @pytest.mark.parametrize("damage", ["one bit", "cut"])
@@ -83,17 +184,17 @@ def test_blob_damaged_on_the_disk_is_sent_again(
     device: Device, tmp_path: Path, damage: str
 ) -> None:
     blob = make_blob(tmp_path / "file", b"a" * SIZE_BYTES)
-    with agent_on(device) as agent, agent.hold_lock():
-        send_blobs(agent, [blob], count_nothing)
-        path = find_base(agent) / "blobs" / "sha256" / blob.sha256
+    with pushing(device) as session:
+        send(session, blob)
+        path = find_base(session) / "blobs" / "sha256" / blob.sha256
         path.chmod(0o600)
         content = bytearray(path.read_bytes())
         content[1000] ^= 1
         path.write_bytes(content if damage == "one bit" else content[:-1])
-        missing = find_missing(agent, [blob])
-        assert (missing.blobs, missing.corrupt) == ((blob,), 1)
+        missing = find_missing(session, [blob])
+        assert (missing.parts, missing.corrupt) == ((Part(blob, 0),), 1)
         assert path.exists()  # a release may still read it
-        send_blobs(agent, missing.blobs, count_nothing)
+        send_parts(session, missing.parts, Ignored())
         assert path.read_bytes() == blob.path.read_bytes()
 
 
@@ -103,58 +204,88 @@ def test_quota_is_a_full_disk(
     device = start_embedded(quota_bytes=SIZE_BYTES + 100_000).start()
     first = make_blob(tmp_path / "a", b"a" * (SIZE_BYTES - 10))
     second = make_blob(tmp_path / "b", b"b" * SIZE_BYTES)
-    with agent_on(device) as agent, agent.hold_lock():
-        send_blobs(agent, [first], count_nothing)
-        free_bytes = find_missing(agent, [second]).free_bytes
+    with pushing(device) as session:
+        send(session, first)
+        free_bytes = find_missing(session, [second]).free_bytes
         assert free_bytes == 100_010 - len(pack_runner().content)
         with pytest.raises(PreflightError, match=f"disk is full: {free_bytes} bytes are free"):
-            send_blobs(agent, [second], count_nothing)
-        assert list((find_base(agent) / "incoming").iterdir()) == []
+            send(session, second)
+    with open_session(device) as session:  # that push has ended
+        assert list((find_base(session) / "incoming").iterdir()) == []
 
 
-def test_power_cut_in_the_middle(
+def test_power_cut_near_the_end(
     start_embedded: Callable[..., EmbeddedDevice], tmp_path: Path
 ) -> None:
-    blob = make_blob(tmp_path / "file", bytes(range(250)) * 40_000)
+    """What has arrived is not sent again: of a push killed at 90 %, at most 11 % are."""
+    blob = make_blob(tmp_path / "file", random.Random(2).randbytes(40_000_000))
     embedded = start_embedded()
-    sent: list[int] = []
 
-    def cut_half_way(count: int) -> None:
-        sent.append(count)
-        if sum(sent) > blob.size_bytes // 2 and embedded.is_running:
-            embedded.power_cut()
+    class Cutting(Counter):
+        def __call__(self, count: int) -> None:
+            super().__call__(count)
+            if self.bytes > 0.9 * blob.size_bytes and embedded.is_running:
+                time.sleep(1)  # what is on its way is lost; let it arrive
+                embedded.power_cut()
 
     with (
         pytest.raises(UnreachableError, match="connection was lost"),
-        agent_on(embedded.start()) as agent,
-        agent.hold_lock(),
+        pushing(embedded.start()) as session,
     ):
-        send_blobs(agent, [blob], cut_half_way)
+        send_parts(session, [Part(blob, 0)], Cutting())
     base = embedded.home / ".phiship" / "v1"
     assert not (base / "blobs" / "sha256" / blob.sha256).exists()
-    with agent_on(start_embedded().start()) as agent, agent.hold_lock():
-        send_blobs(agent, find_missing(agent, [blob]).blobs, count_nothing)
-        assert find_missing(agent, [blob]).blobs == ()
+    with pushing(start_embedded().start()) as session:
+        missing = find_missing(session, [blob])
+        assert missing.size_bytes <= 0.11 * blob.size_bytes
+        send_parts(session, missing.parts, Ignored())
+        assert find_missing(session, [blob]).parts == ()
 
 
 def test_two_pushes_at_once(device: Device) -> None:
-    busy = pytest.raises(PreflightError, match="another push is under way")
-    with agent_on(device) as first, agent_on(device) as second:
-        with first.hold_lock(), busy, second.hold_lock():
-            pass
-        # Free as soon as the first one's block has ended.
-        with second.hold_lock(), busy:
-            first.change("discard", release="x")
-        with pytest.raises(PreflightError, match="holds no lock"):
-            second.change("discard", release="x")
+    with pushing(device), open_session(device) as second:
+        with pytest.raises(PreflightError, match=r"another push is under way: by process \d+ on"):
+            second.lock()
+        with pytest.raises(PreflightError, match="needs the lock"):
+            second.call("discard", release="x")
+        assert second.call("unlock", force=False)["holder"].startswith("by process")
+    # Free as soon as the first one's block has ended.
+    with pushing(device) as third:
+        third.call("discard", release="x")
+    with open_session(device) as fourth:
+        assert fourth.call("unlock", force=True) == {"holder": None, "unlocked": False}
+
+
+def test_unlock_by_force_ends_the_other_push(device: Device) -> None:
+    with pushing(device) as first, open_session(device) as second:
+        assert second.call("unlock", force=True)["unlocked"]
+        second.lock()
+        with pytest.raises((RunnerError, UnreachableError)):
+            first.call("status")
 
 
 def test_lock_goes_with_a_broken_connection(openssh: OpenSSH, tmp_path: Path) -> None:
     device = openssh.device(tmp_path / "device", host_key=openssh.fingerprint())
-    with agent_on(device) as agent, agent.hold_lock():
-        agent._connection._transport.sock.close()
-        with agent_on(device) as second, second.hold_lock():
+    with log_in(device) as transport:
+        channel = transport.open_session()
+        channel.exec_command(build_command(device, pack_runner()))
+        session = Session(device, ChannelStream(channel))
+        session.start(pack_runner())
+        session.lock()
+        transport.sock.close()
+        with pushing(device):
             pass
+
+
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGSEGV"])
+def test_agent_that_is_killed(device: Device, signal: str) -> None:
+    with pushing(device) as session:
+        pid = json.loads((find_base(session) / "lock").read_text())["pid"]
+        os.kill(pid, getattr(signals, signal))
+        with pytest.raises((RunnerError, UnreachableError)):
+            session.call("status")
+    with pushing(device):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -170,32 +301,34 @@ def test_python_that_cannot_run_the_agent(
     openssh: OpenSSH, tmp_path: Path, python: str, words: str
 ) -> None:
     device = openssh.device(tmp_path, host_key=openssh.fingerprint(), python=python)
-    with pytest.raises(PreflightError, match=words), agent_on(device):
+    with pytest.raises(PreflightError, match=words), open_session(device):
         pass
 
 
 def test_root_that_cannot_be_used(openssh: OpenSSH, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     device = openssh.device(tmp_path / "file", host_key=openssh.fingerprint())
-    with pytest.raises(PreflightError, match="cannot be written") as caught, agent_on(device):
+    with pytest.raises(PreflightError, match="cannot be written") as caught, open_session(device):
         pass
     assert "root:" in caught.value.advice
 
 
 def test_damaged_runner_is_replaced(board: Device) -> None:
-    with agent_on(board) as agent:
-        path = find_base(agent) / "blobs" / "sha256" / pack_runner().sha256
+    with open_session(board) as session:
+        path = find_base(session) / "blobs" / "sha256" / pack_runner().sha256
         path.chmod(0o600)
         path.write_bytes(b"damaged")
-    with agent_on(board) as agent:
-        assert find_base(agent)
+    with open_session(board) as session:
+        assert find_base(session)
     assert path.read_bytes() == pack_runner().content
 
 
-def test_commands_are_values() -> None:
-    command = build_bootstrap("python3", "~/it's here", "0" * 64, "look")
-    assert command.startswith("python3 -B -c 'import base64;exec(base64.b64decode(")
-    assert command.endswith(f""" '~/it'"'"'s here' {"0" * 64} look""")
+def test_command_is_a_value(board: Device) -> None:
+    runner = pack_runner()
+    device = msgspec.structs.replace(board, python="nice python3", root="~/it's here")
+    command = build_command(device, runner)
+    assert command.startswith("nice python3 -B -c 'import base64;exec(base64.b64decode(")
+    assert command.endswith(f""" '~/it'"'"'s here' {runner.sha256} {len(runner.content)}""")
 
 
 def test_many_agents_at_once(board: Device) -> None:
@@ -204,8 +337,8 @@ def test_many_agents_at_once(board: Device) -> None:
 
     def contact() -> None:
         try:
-            with agent_on(board) as agent:
-                agent.call("status")
+            with open_session(board) as session:
+                session.call("status")
         except BaseException as error:
             errors.append(error)
 

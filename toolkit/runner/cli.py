@@ -7,7 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from .agent.commands import add_arguments, run_agent
+from .agent.layout import open_layout
+from .agent.releases import start_trial
+from .agent.serve import serve
 from .failure import Failure
 from .generate import generate
 
@@ -21,14 +23,23 @@ def main(arguments: list[str]) -> int:
     ask.add_argument("--prompt", help="without it, the prompt is read from standard input")
     ask.add_argument("--max-tokens", type=int, default=256)
     ask.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    add_arguments(commands.add_parser("agent", help="the device side of a push"))
+    agent = commands.add_parser("agent", help="the device side of a push")
+    agent.add_argument("agent", choices=["serve", "recover"])
+    agent.add_argument("--root", required=True, help="the device's folder")
     options = parser.parse_args(arguments)
-    is_agent = options.command == "agent"
     try:
-        return run_agent(options) if is_agent else _generate(options)
+        return _agent(options) if options.command == "agent" else _generate(options)
     except Failure as failure:
-        _report(failure, as_json=is_agent or options.json)
+        _report(failure, as_json=options.command == "agent" or options.json)
         return 1
+
+
+def _agent(options: argparse.Namespace) -> int:
+    """`serve` answers a push; `recover` is what a service runs before it starts a release."""
+    if options.agent == "serve":
+        return serve(options.root)
+    print(json.dumps(start_trial(open_layout(options.root))))
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -71,6 +71,7 @@ class EmbeddedDevice:
             identity_file=str(self._keys / "id_ed25519"),
             host_key=HostKey("ssh-ed25519", host_key.public_data).fingerprint,
             python=sys.executable,
+            runtime="device",
         )
 
     @property

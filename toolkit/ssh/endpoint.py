@@ -47,13 +47,18 @@ def resolve_endpoint(device: Device) -> Endpoint:
     )
 
 
-def build_query(device: Device) -> list[str]:
-    """Return the command that asks OpenSSH how it would reach the device."""
+def build_ssh(device: Device) -> list[str]:
+    """Return ssh with what the device says of its address, all but the host."""
     # Port 22 is what nobody said: then ssh's settings may say another.
     port = [] if device.port == 22 else ["-p", str(device.port)]
     user = ["-l", device.user] if device.user else []
     config = os.environ.get(CONFIG_VARIABLE)
-    return ["ssh", "-G", *(["-F", config] if config else []), *port, *user, "--", device.host]
+    return ["ssh", *(["-F", config] if config else []), *port, *user]
+
+
+def build_query(device: Device) -> list[str]:
+    """Return the command that asks OpenSSH how it would reach the device."""
+    return [*build_ssh(device), "-G", "--", device.host]
 
 
 def parse_settings(text: str) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Union
 
+from toolkit.device import Device
 from toolkit.errors import UnreachableError
 from toolkit.ssh.endpoint import Endpoint
 from toolkit.ssh.knownhosts import HostKey
@@ -27,24 +28,21 @@ KEY_ALGORITHMS = {
 
 
 def open_handshake(
-    name: str,
-    endpoint: Endpoint,
-    via: "Transport | None",
-    known_kinds: Sequence[str],
-    fingerprint: str | None,
+    device: Device, endpoint: Endpoint, via: "Transport | None", known_kinds: Sequence[str]
 ) -> "Transport":
     """Return a transport that has exchanged keys, preferably with a key of a known kind.
 
-    Of a server's several host keys only one is used; when `fingerprint` is given and that key has
-    another one, the other kinds are tried, and the first transport stays when none fits.
+    Of a server's several host keys only one is used; when the device's is pinned and that key has
+    another fingerprint, the other kinds are tried, and the first transport stays when none fits.
     """
+    fingerprint = device.host_key
     kinds = sorted(KEY_ALGORITHMS, key=lambda kind: kind not in known_kinds)
-    first = _exchange_keys(name, endpoint, via, kinds)
+    first = _exchange_keys(device, endpoint, via, kinds)
     if fingerprint in (None, read_host_key(first).fingerprint):
         return first
     for kind in kinds:
         try:
-            other = _exchange_keys(name, endpoint, via, [kind])
+            other = _exchange_keys(device, endpoint, via, [kind])
         except UnreachableError:
             continue  # the server has no key of this kind
         if read_host_key(other).fingerprint == fingerprint:
@@ -61,14 +59,15 @@ def read_host_key(transport: "Transport") -> HostKey:
 
 
 def _exchange_keys(
-    name: str, endpoint: Endpoint, via: "Transport | None", kinds: Sequence[str]
+    device: Device, endpoint: Endpoint, via: "Transport | None", kinds: Sequence[str]
 ) -> "Transport":
     from paramiko.ssh_exception import IncompatiblePeer, SSHException
     from paramiko.transport import Transport
 
     where = f"{endpoint.host}:{endpoint.port}"
+    name = device.name
     transport = Transport(_open_socket(name, endpoint, via))
-    _prefer(transport, kinds)
+    _prefer(transport, kinds, device.cipher or FAST_CIPHER)
     transport.banner_timeout = HANDSHAKE_TIMEOUT_S
     try:
         transport.start_client(timeout=HANDSHAKE_TIMEOUT_S)
@@ -88,13 +87,13 @@ def _exchange_keys(
     return transport
 
 
-def _prefer(transport: "Transport", kinds: Sequence[str]) -> None:
-    """Set which host keys are accepted, and the fast cipher before the others."""
+def _prefer(transport: "Transport", kinds: Sequence[str], first: str) -> None:
+    """Set which host keys are accepted, and one cipher before the others."""
     options = transport.get_security_options()
     options.key_types = [name for kind in kinds for name in KEY_ALGORITHMS[kind]]
     ciphers = list(options.ciphers)
     # A sort keeps the order of the rest.
-    options.ciphers = sorted(ciphers, key=lambda cipher: cipher != FAST_CIPHER)
+    options.ciphers = sorted(ciphers, key=lambda cipher: cipher != first)
 
 
 def _open_socket(

@@ -3,6 +3,8 @@
 import contextlib
 from pathlib import Path
 
+import msgspec
+
 from toolkit.device import Device
 from toolkit.errors import HostKeyError
 from toolkit.ssh.endpoint import resolve_endpoint
@@ -27,7 +29,8 @@ def trust(device: Device, fingerprint: str) -> Path:
     endpoint = resolve_endpoint(device)
     with contextlib.ExitStack() as opened:
         via = open_jumps(endpoint, opened)
-        transport = open_handshake(device.name, endpoint, via, (), fingerprint)
+        pinned = msgspec.structs.replace(device, host_key=fingerprint)
+        transport = open_handshake(pinned, endpoint, via, ())
         opened.callback(transport.close)
         key = read_host_key(transport)
     if key.fingerprint != fingerprint:

@@ -33,6 +33,11 @@ class HostKey:
         digest = hashlib.sha256(self.blob).digest()
         return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
+    @property
+    def text(self) -> str:
+        """`type base64`, as known_hosts has it."""
+        return f"{self.kind} {base64.b64encode(self.blob).decode()}"
+
 
 @dataclass(frozen=True)
 class KnownKey:
@@ -103,7 +108,7 @@ def add_known_key(path: Path, host: str, port: int, key: HostKey) -> None:
     """Append a key to a known_hosts file, which is made when missing."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     name = host if port == 22 else f"[{host}]:{port}"
-    line = f"{name} {key.kind} {base64.b64encode(key.blob).decode()}\n"
+    line = f"{name} {key.text}\n"
     before = path.read_bytes()[-1:] if path.exists() else b""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "wb") as stream:

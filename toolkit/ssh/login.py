@@ -11,7 +11,7 @@ from toolkit.device import Device, parse_address
 from toolkit.errors import UnreachableError
 from toolkit.ssh.endpoint import Endpoint, resolve_endpoint
 from toolkit.ssh.handshake import open_handshake, read_host_key
-from toolkit.ssh.knownhosts import check_host_key, find_known_keys, list_files
+from toolkit.ssh.knownhosts import HostKey, check_host_key, find_known_keys, list_files
 
 if TYPE_CHECKING:
     from paramiko.pkey import PKey
@@ -46,15 +46,34 @@ def open_jumps(endpoint: Endpoint, opened: contextlib.ExitStack) -> "Transport |
     return via
 
 
+def fetch_host_key(device: Device) -> HostKey:
+    """Return the host key of a device when it is to be trusted, without logging in there.
+
+    Raises UnreachableError or HostKeyError.
+    """
+    endpoint = resolve_endpoint(device)
+    with contextlib.ExitStack() as opened:
+        via = open_jumps(endpoint, opened)
+        return read_host_key(_open_trusted(device, endpoint, via, opened))
+
+
+def _open_trusted(
+    device: Device, endpoint: Endpoint, via: "Transport | None", opened: contextlib.ExitStack
+) -> "Transport":
+    """Connect to one server and check its host key."""
+    known = find_known_keys(endpoint.host, endpoint.port, list_files())
+    kinds = [entry.key.kind for entry in known if entry.key and not entry.is_revoked]
+    transport = open_handshake(device, endpoint, via, kinds)
+    opened.callback(transport.close)
+    check_host_key(device.name, read_host_key(transport), known, device.host_key)
+    return transport
+
+
 def _open_hop(
     device: Device, endpoint: Endpoint, via: "Transport | None", opened: contextlib.ExitStack
 ) -> "Transport":
     """Connect to one server, check its host key, log in."""
-    known = find_known_keys(endpoint.host, endpoint.port, list_files())
-    kinds = [entry.key.kind for entry in known if entry.key and not entry.is_revoked]
-    transport = open_handshake(device.name, endpoint, via, kinds, device.host_key)
-    opened.callback(transport.close)
-    check_host_key(device.name, read_host_key(transport), known, device.host_key)
+    transport = _open_trusted(device, endpoint, via, opened)
     _authenticate(device.name, endpoint, transport)
     transport.set_keepalive(KEEPALIVE_S)
     return transport

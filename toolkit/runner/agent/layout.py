@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..failure import Failure
-from .durable import append_json, write_json
+from .durable import make_folder, write_json
 
 VERSION = "v1"
 QUOTA_VARIABLE = "PHISHIP_QUOTA_BYTES"
@@ -37,6 +36,21 @@ class Layout:
     def releases(self) -> Path:
         """One folder of links into blobs for each release."""
         return self.base / "releases"
+
+    @property
+    def runtimes(self) -> Path:
+        """Virtual environments with an engine, which releases share."""
+        return self.base / "runtimes"
+
+    @property
+    def logs(self) -> Path:
+        """What runners said."""
+        return self.base / "logs"
+
+    @property
+    def journal(self) -> Path:
+        """What happened, a line of JSON each."""
+        return self.base / "journal.jsonl"
 
     @property
     def current(self) -> Path:
@@ -65,16 +79,15 @@ class Layout:
         """Record the state durably."""
         write_json(self.base / "state.json", {**state, "boot_id": read_boot_id()})
 
-    def log(self, event: str, **fields: Any) -> None:
-        """Append an event to the journal durably."""
-        entry = {"time": time.time(), "boot_id": read_boot_id(), "event": event, **fields}
-        append_json(self.base / "journal.jsonl", entry)
-
     def find_blob(self, sha256: str) -> Path:
         """Return where a blob belongs; Failure when the text is no sha256."""
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
             raise Failure("request", f"{sha256!r} is no sha256")
         return self.blobs / sha256
+
+    def find_part(self, sha256: str) -> Path:
+        """Return where a blob grows while it arrives."""
+        return self.incoming / f"{self.find_blob(sha256).name}.part"
 
     def count_free_bytes(self) -> int:
         """Return what may still be written: the file system's space, or a quota when one is set."""
@@ -93,8 +106,8 @@ def open_layout(root: str) -> Layout:
     base = Path(root).expanduser().absolute() / VERSION
     layout = Layout(base)
     try:
-        for folder in (layout.blobs, layout.incoming, layout.releases):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in ("blobs", "incoming", "releases", "runtimes", "logs"):
+            make_folder(getattr(layout, name))
         _check_links(base)
     except OSError as error:
         raise Failure(

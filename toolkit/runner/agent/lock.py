@@ -1,13 +1,13 @@
-"""One push at a time: a process holds the flock for as long as the pusher keeps its stdin open."""
+"""One push at a time: the agent of a push holds a flock, which the kernel frees when it dies."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-import sys
+import signal
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from ..failure import Failure
 from .layout import Layout, read_boot_id
@@ -15,42 +15,62 @@ from .layout import Layout, read_boot_id
 PATIENCE_S = 3.0
 
 
-def hold_lock(layout: Layout, owner: str, token: str) -> int:
-    """Take the lock, say so, and hold it until stdin ends. The kernel frees it when we die."""
+class Lock:
+    """The lock, held until this process ends."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def beat(self) -> None:
+        """Leave a sign of life: the file's time."""
+        os.utime(self._stream.fileno())
+
+
+def take(layout: Layout, owner: str) -> Lock:
+    """Take the lock for `owner`; Failure `locked` says who has it.
+
+    A push whose connection was just cut needs a moment to let go of it.
+    """
+    stream = layout.lock.open("a+", encoding="utf-8")
+    if not _wait(stream.fileno()):
+        stream.close()
+        raise Failure(
+            "locked",
+            f"another push is under way: {_describe_owner(layout)}",
+            "wait for its end; if its machine is gone: phiship unlock DEVICE --force",
+        )
+    stream.seek(0)
+    stream.truncate()
+    entry = {"owner": owner, "pid": os.getpid(), "time": time.time(), "boot_id": read_boot_id()}
+    json.dump(entry, stream)
+    stream.flush()
+    return Lock(stream)
+
+
+def unlock(layout: Layout, *, force: bool) -> dict[str, Any]:
+    """Say who holds the lock; with `force`, kill the agent of that push."""
     with layout.lock.open("a+", encoding="utf-8") as stream:
-        if not _wait_lock(stream.fileno()):
-            raise Failure("locked", f"another push is under way: {_describe_owner(layout)}")
-        stream.seek(0)
-        stream.truncate()
-        entry = {"owner": owner, "token": token, "pid": os.getpid(), "time": time.time()}
-        json.dump({**entry, "boot_id": read_boot_id()}, stream)
-        stream.flush()
-        print(json.dumps({"held": token}), flush=True)
-        while sys.stdin.buffer.read(1):
-            pass
-    return 0
+        if _try(stream.fileno()):
+            return {"holder": None, "unlocked": False}
+        holder, pid = _describe_owner(layout), _read_entry(layout).get("pid")
+        if not force or pid is None:
+            return {"holder": holder, "unlocked": False}
+        os.kill(pid, signal.SIGKILL)
+        if not _wait(stream.fileno()):
+            raise Failure("locked", f"process {pid} does not end: {holder}", "restart the device")
+    return {"holder": holder, "unlocked": True}
 
 
-def check_lock(layout: Layout, token: str) -> None:
-    """Failure unless the push with `token` holds the lock at this moment."""
-    with layout.lock.open("a+", encoding="utf-8") as stream:
-        if _try_lock(stream.fileno()):
-            raise Failure("locked", "this push holds no lock any more; start it again")
-    if _read_entry(layout).get("token") != token:
-        raise Failure("locked", f"another push is under way: {_describe_owner(layout)}")
-
-
-def _wait_lock(descriptor: int) -> bool:
-    """Take the lock; a push whose connection was just cut needs a moment to let go of it."""
+def _wait(descriptor: int) -> bool:
     give_up_s = time.monotonic() + PATIENCE_S
-    while not _try_lock(descriptor):
+    while not _try(descriptor):
         if time.monotonic() > give_up_s:
             return False
         time.sleep(0.1)
     return True
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -67,6 +87,8 @@ def _read_entry(layout: Layout) -> dict[str, Any]:
 
 
 def _describe_owner(layout: Layout) -> str:
-    entry = _read_entry(layout)
-    age_s = time.time() - float(entry.get("time", time.time()))
-    return f"by {entry.get('owner', 'somebody')}, for {age_s:.0f} s"
+    entry, now = _read_entry(layout), time.time()
+    age_s = max(0.0, now - float(entry.get("time", now)))
+    silent_s = max(0.0, now - layout.lock.stat().st_mtime)
+    owner = entry.get("owner", "somebody")
+    return f"by {owner}, for {age_s:.0f} s, last sign of life {silent_s:.0f} s ago"

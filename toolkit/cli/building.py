@@ -1,0 +1,173 @@
+"""Commands about recipes, checkpoints and artifacts on this machine."""
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from toolkit.cli.options import (
+    OrderedGroup,
+    check_option,
+    context_option,
+    json_option,
+    memory_option,
+    out_option,
+    rendering,
+    workers_option,
+)
+from toolkit.console import Console
+from toolkit.report import Report
+
+
+@click.command("list")
+@click.argument("kind", type=click.Choice(["recipes", "targets", "models"]), required=False)
+@json_option
+def list_command(kind: str | None, as_json: bool) -> None:
+    """Show the bundled recipes, targets and models."""
+    from toolkit.listing import show_list
+
+    for one in [kind] if kind else ["recipes", "targets", "models"]:
+        show_list(one, Console(as_json=as_json))
+
+
+@click.command("plan")
+@click.argument("recipe")
+@click.option("--for", "target", help="Target that must be able to hold and run it.")
+@click.option("--checkpoint", help="Folder or Hugging Face id; without, the model's known shape.")
+@context_option
+@workers_option
+@memory_option
+@json_option
+def plan_command(
+    recipe: str, target: str | None, checkpoint: str | None, context: int | None,
+    workers: int | None, memory: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Show what would be built: every default filled in, every cost predicted."""
+    from toolkit.listing import show_plan
+
+    console = Console(as_json=as_json)
+    show_plan(recipe, target, checkpoint, context, workers, memory, console)
+
+
+@click.command("build")
+@click.argument("recipe", required=False)
+@click.option("--all", "build_all_of", is_flag=True, help="Every bundled recipe of the model.")
+@click.option(
+    "--format", "kinds", multiple=True, help="With --all: this format only; may be repeated."
+)
+@click.option("--checkpoint", required=True, help="Folder, or Hugging Face id[@revision].")
+@out_option
+@workers_option
+@memory_option
+@context_option
+@check_option
+@click.option("--replace", is_flag=True, help="Replace an artifact that is already there.")
+@click.option(
+    "--engine", type=click.Choice(["native", "vendor"]), help="Converter, instead of the recipe's."
+)
+@click.option(
+    "--force-memory", is_flag=True, help="Run a vendor's converter beyond the memory that is free."
+)
+@json_option
+def build_command(
+    recipe: str | None, build_all_of: bool, kinds: tuple[str, ...], checkpoint: str, out: Path,
+    workers: int | None, memory: int | None, context: int | None, check: bool, replace: bool,
+    engine: Literal["native", "vendor"] | None, force_memory: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Convert a checkpoint, check it against its source, seal it as an artifact.
+
+    Give the name of a RECIPE (or a path to one), or --all for every recipe of the checkpoint's
+    model in one pass over it; what is there already is kept.
+    """
+    from toolkit import catalog
+    from toolkit.build import Options, build_all, raise_on_sigterm, require_all
+    from toolkit.source import list_recipes, open_source
+
+    if bool(recipe) == build_all_of:
+        raise click.UsageError("give either a RECIPE or --all")
+    if kinds and not build_all_of:
+        raise click.UsageError("--format goes with --all")
+    raise_on_sigterm()
+    console = Console(as_json=as_json)
+    options = Options(
+        context_length=context, workers=workers, memory_bytes=memory, check=check, replace=replace,
+        force_memory=force_memory,
+    )  # fmt: skip
+    recipes = [catalog.load_recipe(recipe)] if recipe else []
+    report = Report(f"build {recipes[0].name if recipes else 'all recipes'}")
+    with rendering(console, report):
+        opened = open_source(checkpoint, console)
+        recipes = recipes or list_recipes(opened, checkpoint, kinds)
+        recipes = [one.with_engine(engine) if engine else one for one in recipes]
+        results = build_all(recipes, opened, out, options, console, report)
+        for name, result in results.items():
+            if isinstance(result, Path):
+                console.event("artifact", name=name, path=str(result))
+        require_all(results)
+    for result in results.values():
+        console.result(str(result))
+
+
+@click.command("check")
+@click.argument("artifact", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--checkpoint", help="Source checkpoint; without, the one the manifest names.")
+@json_option
+def check_command(artifact: Path, checkpoint: str | None, as_json: bool) -> None:
+    """Compare an artifact with its source: files, token ids, logits, stop ids."""
+    from toolkit.check import check_artifact
+
+    console = Console(as_json=as_json)
+    report = Report(f"check {artifact}")
+    with rendering(console, report):
+        check_artifact(artifact, checkpoint, console, report)
+
+
+@click.command("parity")
+@click.argument("recipe")
+@click.argument("checkpoint")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder for both artifacts meanwhile, instead of the system's temporary one.",
+)
+@click.option("--force-memory", is_flag=True, help="Run the vendor beyond the memory that is free.")
+@json_option
+def parity_command(
+    recipe: str, checkpoint: str, work: Path | None, force_memory: bool, as_json: bool
+) -> None:
+    """Build with both engines and compare: tensors, logits, size, time, memory."""
+    from toolkit import catalog
+    from toolkit.build import raise_on_sigterm
+    from toolkit.parity import compare
+
+    raise_on_sigterm()
+    loaded, console = catalog.load_recipe(recipe), Console(as_json=as_json)
+    compare(recipe, loaded, checkpoint, console, work=work, force_memory=force_memory)
+
+
+@click.group("vendor", cls=OrderedGroup)
+def vendor_group() -> None:
+    """The vendors' own converters, each in a pinned environment: for `engine: vendor`, parity."""
+
+
+@vendor_group.command("setup")
+@click.argument("name")
+@click.option("--python", help="Python to make it with, instead of the one phiship runs in.")
+@click.option("--again", is_flag=True, help="Make it anew, also when it is there.")
+@json_option
+def vendor_setup_command(name: str, python: str | None, again: bool, as_json: bool) -> None:
+    """Make a vendor's environment in the user's cache folder: onnx, openvino, mlx or gguf."""
+    from toolkit.build import raise_on_sigterm
+    from toolkit.listing import setup_vendor
+
+    raise_on_sigterm()
+    setup_vendor(name, python, again, Console(as_json=as_json))
+
+
+@vendor_group.command("list")
+@json_option
+def vendor_list_command(as_json: bool) -> None:
+    """Show which vendors' environments are there, and their size."""
+    from toolkit.listing import show_vendors
+
+    show_vendors(Console(as_json=as_json))

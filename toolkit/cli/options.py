@@ -1,0 +1,79 @@
+"""Options that several commands have, and how a report is shown."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from toolkit.artifact import Smoke
+from toolkit.console import Console
+from toolkit.report import Report
+from toolkit.yamlfile import ByteSize
+
+
+class OrderedGroup(click.Group):
+    """Shows commands in the order of use, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, in the order in which they were added."""
+        del ctx
+        return list(self.commands)
+
+
+class Size(click.ParamType[int]):
+    """A count of bytes such as 2GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Read a size; a usage error when it is none."""
+        try:
+            return ByteSize.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON event a line.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(1, 64), help="Worker processes; as many as cores, at most 8."
+)
+context_option = click.option(
+    "--context", type=click.IntRange(min=16), help="Context length, instead of the recipe's."
+)
+memory_option = click.option(
+    "--memory", type=Size(), help="Memory the build may take, such as 2GiB; limits workers."
+)
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build"),
+    show_default=True, help="Folder in which the artifact's folder appears.",
+)  # fmt: skip
+check_option = click.option(
+    "--check/--no-check", default=True,
+    help="Compare logits with the source. Without, the artifact is sealed as unchecked.",
+)  # fmt: skip
+devices_option = click.option(
+    "--devices", type=click.Path(path_type=Path, dir_okay=False), help="The devices.yaml to use."
+)
+prompt_option = click.option(
+    "--prompt", help="Question of the smoke test, instead of the recipe's."
+)
+expect_option = click.option("--expect", help="Text that the answer must contain.")
+
+
+def read_smoke(prompt: str | None, expect: str | None) -> Smoke | None:
+    """The question to ask instead of the recipe's; a usage error without its answer."""
+    if (prompt is None) != (expect is None):
+        raise click.UsageError("--prompt and --expect belong together: give both or neither")
+    return None if prompt is None or expect is None else Smoke(prompt=prompt, expect=expect)
+
+
+@contextmanager
+def rendering(console: Console, report: Report) -> Iterator[None]:
+    """Print the report however the block ends."""
+    try:
+        yield
+    finally:
+        if report.steps:
+            console.report(report)

@@ -1,0 +1,160 @@
+"""The agent: one process for a whole push, which answers requests until its input ends.
+
+in     {"call": NAME, ...arguments}, a line each; `receive` is followed by the bytes it announces
+out    {"answer": {...}} or {"error": {...}} for each request in turn, and in between, every few
+       seconds, {"beat": BYTES}: we live, and have worked through so many bytes of this request
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .. import engines
+from ..failure import Failure
+from . import blobs, child, facts, install, journal, lock, releases
+from .layout import Layout, open_layout
+
+BEAT_S = 5.0
+
+
+class Agent:
+    """What a push has here for as long as it lasts: the lock, and what it knows of parts."""
+
+    def __init__(self, layout: Layout, stdin: BinaryIO) -> None:
+        self.layout = layout
+        self.stdin = stdin
+        self.lock: lock.Lock | None = None
+        self.prefixes: blobs.Prefixes = {}
+        self.done_bytes = 0
+
+    def count(self, size_bytes: int) -> None:
+        """Take note of bytes worked through; the next beat tells."""
+        self.done_bytes += size_bytes
+
+    def find_artifact(self, release: str) -> Path:
+        """Return a release's folder; `current` is the one in use."""
+        layout = self.layout
+        return layout.current if release == "current" else releases.find_release(layout, release)
+
+
+def serve(root: str) -> int:
+    """Answer requests on stdin until it ends; 1 after a failure that ends the push."""
+    stdin, stdout = sys.stdin.buffer, _Output(sys.stdout.buffer)
+    try:
+        agent = Agent(open_layout(root), stdin)
+    except Failure as failure:
+        stdout.send({"error": failure.to_json()})
+        return 1
+    with _beating(agent, stdout):
+        for line in iter(stdin.readline, b""):
+            request = json.loads(line)
+            name = request.pop("call")
+            try:
+                stdout.send({"answer": _answer(agent, name, request)})
+            except Failure as failure:
+                stdout.send({"error": failure.to_json()})
+                if name == "receive":  # bytes that nobody wants any more are still to come
+                    return 1
+    return 0
+
+
+def _answer(agent: Agent, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    agent.done_bytes = 0
+    if name in _CHANGING and agent.lock is None:
+        raise Failure("locked", f"{name} needs the lock, which this connection does not hold")
+    try:
+        return _CALLS[name](agent, **arguments)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise Failure("device", f"{name}: {where}{error.strerror or error}") from error
+
+
+def _lock(agent: Agent, owner: str) -> dict[str, Any]:
+    """Become the only push, and make whole what an earlier one left."""
+    agent.lock = lock.take(agent.layout, owner)
+    return releases.recover(agent.layout)
+
+
+def _facts(agent: Agent, engine: str = "", python: str = sys.executable) -> dict[str, Any]:
+    found = facts.read_facts(agent.layout)
+    if engine:
+        module = engines.find_engine(engine)
+        imported = child.import_engine(module.MODULE, python)
+        found["engine"] = {"package": module.PACKAGE, **imported}
+    return found
+
+
+def _ask(
+    agent: Agent, release: str, prompt: str, max_tokens: int, timeout_s: float
+) -> dict[str, Any]:
+    folder = agent.find_artifact(release)
+    return child.ask_release(agent.layout, folder, prompt.encode(), max_tokens, timeout_s)
+
+
+_CALLS: dict[str, Callable[..., dict[str, Any]]] = {
+    "facts": _facts,
+    "runtimes": lambda agent: install.find_runtimes(agent.layout),
+    "status": lambda agent: releases.read_status(agent.layout),
+    "history": lambda agent: {"events": journal.read(agent.layout)},
+    "logs": lambda agent: {"text": child.read_log(agent.layout)},
+    "manifest": lambda agent, release: releases.read_manifest(agent.find_artifact(release)),
+    "survey": blobs.survey,
+    "ask": _ask,
+    "unlock": lambda agent, force: lock.unlock(agent.layout, force=force),
+    "lock": _lock,
+    "receive": blobs.receive,
+    "install": lambda agent, **request: install.install_runtime(agent.layout, **request),
+    "stage": lambda agent, **request: releases.stage_release(agent.layout, **request),
+    "discard": lambda agent, release: releases.discard_release(agent.layout, release),
+    "switch": lambda agent, release: releases.switch_release(agent.layout, release),
+    "return": lambda agent: releases.return_to_good(agent.layout),
+    "confirm": lambda agent, release: releases.confirm_release(agent.layout, release),
+    "prune": lambda agent: releases.prune(agent.layout),
+    "uninstall": lambda agent: releases.uninstall(agent.layout),
+}
+_CHANGING = {
+    *("receive", "install", "stage", "discard", "switch", "return", "confirm", "prune"),
+    "uninstall",
+}
+
+
+class _Output:
+    """Whole lines, also from two threads."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._turn = threading.Lock()
+
+    def send(self, message: dict[str, Any]) -> None:
+        with self._turn:
+            self._stream.write(json.dumps(message).encode() + b"\n")
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _beating(agent: Agent, stdout: _Output) -> Iterator[None]:
+    """Give signs of life; when nobody is there to see them, end, and let go of the lock."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_S):
+            try:
+                stdout.send({"beat": agent.done_bytes})
+                if agent.lock:
+                    agent.lock.beat()
+            except OSError:
+                child.kill_running()
+                os._exit(1)
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
