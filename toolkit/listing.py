@@ -124,6 +124,10 @@ def _costs(plan: Plan, target: Target | None) -> list[list[str]]:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_text(item) for item in value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -140,9 +144,21 @@ def show_status(device_name: str, devices_file: Path | None, console: Console) -
     """Show what is deployed on a device."""
     from toolkit.remote import read_status
 
-    found = msgspec.to_builtins(read_status(resolve_device(device_name, devices_file)))
-    console.event("status", device=device_name, **found)
-    console.table(f"status {device_name}", ["", ""], _rows(found))
+    found = read_status(resolve_device(device_name, devices_file))
+    console.event("status", device=device_name, **msgspec.to_builtins(found))
+    shown = {
+        "in use": found.current or "nothing",
+        "before it": found.previous,
+        "good": found.state.good,
+        "on trial": found.state.pending,
+        "releases": found.releases,
+        "runtimes": found.runtimes,
+        "files": f"{found.blobs}, {format_bytes(found.blob_bytes)}",
+        "arriving": found.incoming,
+        "free_bytes": found.free_bytes,
+        "root": found.root,
+    }
+    console.table(f"status {device_name}", ["", ""], _rows(shown))
 
 
 def show_history(device_name: str, devices_file: Path | None, console: Console) -> None:
@@ -155,9 +171,10 @@ def show_history(device_name: str, devices_file: Path | None, console: Console) 
         console.event("history", device=device_name, what=what, **event)
         when = datetime.fromtimestamp(event.pop("time")).astimezone()
         event.pop("boot_id", None)
-        words = [f"{key} {_text(value)}" for key, value in event.items() if value is not None]
-        rows.append([when.isoformat(" ", "seconds"), what, ", ".join(words)])
-    console.table(f"history {device_name}", ["when (device's clock)", "what", ""], rows)
+        name = event.pop("release", None) or event.pop("runtime", None) or ""
+        rest = [f"{key} {_text(value)}" for key, value in event.items() if value]
+        rows.append([when.isoformat(" ", "seconds"), what, ", ".join([_text(name), *rest])])
+    console.table(f"history {device_name}", ["when, by the device's clock", "what", ""], rows)
 
 
 def show_logs(device_name: str, devices_file: Path | None, console: Console) -> None:
@@ -186,7 +203,14 @@ def show_lock(device_name: str, devices_file: Path | None, force: bool, console:
 
 
 def _rows(fields: dict[str, Any]) -> list[list[str]]:
-    return [[key, _text(value)] for key, value in fields.items() if value not in (None, "")]
+    """What was found, for people: without what is unknown or empty, sizes readable."""
+    rows = []
+    for key, value in fields.items():
+        if key.endswith("_bytes") and value is not None:
+            rows.append([key.removesuffix("_bytes").replace("_", " "), format_bytes(value)])
+        elif value not in (None, "", (), [], {}):
+            rows.append([key.replace("_", " "), _text(value)])
+    return rows
 
 
 def show_vendors(console: Console) -> None:

@@ -60,7 +60,9 @@ def choose_runtime(session: Session, facts: Facts, manifest: Manifest, console: 
     label = f"fetching {runtime.package} {runtime.version} for {device.name}"
     with console.waiting(label) as tell:
         wheels = collect_wheels(runtime.package, runtime.version, facts, cache_folder(), tell)
-    text = f"{wheels.id}: {len(wheels.wheels)} wheels, {format_bytes(wheels.size_bytes)}"
+    count = len(wheels.wheels)
+    size = format_bytes(wheels.size_bytes)
+    text = f"{wheels.id}: {count} wheel{'s' * (count > 1)} and pip, {size}"
     return Choice(wheels.id, text, wheels)
 
 

@@ -305,9 +305,11 @@ def test_python_that_cannot_run_the_agent(
         pass
 
 
-def test_root_that_cannot_be_used(openssh: OpenSSH, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["a file is there", "read-only"])
+def test_root_that_cannot_be_used(openssh: OpenSSH, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("in the way")
-    device = openssh.device(tmp_path / "file", host_key=openssh.fingerprint())
+    root = tmp_path / "file" if place == "a file is there" else Path("/proc/phiship")
+    device = openssh.device(root, host_key=openssh.fingerprint())
     with pytest.raises(PreflightError, match="cannot be written") as caught, open_session(device):
         pass
     assert "root:" in caught.value.advice

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from ..failure import Failure
 from .durable import sync_folder
@@ -126,13 +128,16 @@ def _write_part(
     from concurrent.futures import ThreadPoolExecutor  # slow to import, for this alone
 
     done_bytes = from_bytes
+    # Two, because one is still hashed while the other is filled; new ones would cost page faults.
+    buffers = itertools.cycle([memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)])
     with part.open("r+b" if from_bytes else "wb") as out, ThreadPoolExecutor(1) as hasher:
         if from_bytes:
             out.truncate(from_bytes)
             out.seek(from_bytes)
         hashed = hasher.submit(digest.update, b"")
         while done_bytes < size_bytes:
-            piece = agent.stdin.read(min(CHUNK_BYTES, size_bytes - done_bytes))
+            buffer = next(buffers)[: size_bytes - done_bytes]
+            piece = buffer[: agent.stdin.readinto(buffer)]
             if not piece:
                 raise Failure("cut", f"the transfer ended after {done_bytes} of {size_bytes} bytes")
             done_bytes += len(piece)
@@ -148,7 +153,7 @@ def _write_part(
         os.fsync(out.fileno())
 
 
-def _widen_pipe(stream: BinaryIO) -> None:
+def _widen_pipe(stream: io.BufferedIOBase) -> None:
     """Let more bytes wait in the pipe from the SSH server; fewer and longer reads."""
     import fcntl
 

@@ -129,6 +129,8 @@ def read_log(layout: Layout) -> str:
 
 def _log(layout: Layout, release: str, text: str) -> None:
     """Keep what a runner said on stderr; the file before the last LOG_BYTES is kept too."""
+    if not text.strip():
+        return
     path = layout.logs / "runner.log"
     if path.exists() and path.stat().st_size > LOG_BYTES:
         path.replace(path.with_name("runner.log.1"))

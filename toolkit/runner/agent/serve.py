@@ -8,13 +8,14 @@ out    {"answer": {...}} or {"error": {...}} for each request in turn, and in be
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from .. import engines
 from ..failure import Failure
@@ -27,7 +28,7 @@ BEAT_S = 5.0
 class Agent:
     """What a push has here for as long as it lasts: the lock, and what it knows of parts."""
 
-    def __init__(self, layout: Layout, stdin: BinaryIO) -> None:
+    def __init__(self, layout: Layout, stdin: io.BufferedIOBase) -> None:
         self.layout = layout
         self.stdin = stdin
         self.lock: lock.Lock | None = None
@@ -46,7 +47,7 @@ class Agent:
 
 def serve(root: str) -> int:
     """Answer requests on stdin until it ends; 1 after a failure that ends the push."""
-    stdin, stdout = sys.stdin.buffer, _Output(sys.stdout.buffer)
+    stdin, stdout = cast("io.BufferedIOBase", sys.stdin.buffer), _Output(sys.stdout.buffer)
     try:
         agent = Agent(open_layout(root), stdin)
     except Failure as failure:
