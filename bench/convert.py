@@ -153,7 +153,7 @@ def fill(
     template: str, name: str, options: argparse.Namespace, out: Path, scratch: Path
 ) -> list[str]:
     """Return the words of a command; values with spaces stay one word."""
-    optimum = Path(options.optimum_python or "").with_name("optimum-cli")
+    optimum = Path(options.optimum_python or sys.executable).with_name("optimum-cli")
     values = {
         "bench": RESULTS.parent,
         "mlx_python": options.mlx_python,

@@ -1,7 +1,7 @@
 """Reading and writing at an offset, the same on every system.
 
 POSIX has pread and pwrite; where they are missing (Windows) a seek and a read do the same, which is
-safe because every process opens its files itself and uses them from one thread.
+safe because every worker opens its files itself and uses them from one thread.
 """
 
 import errno

@@ -17,9 +17,9 @@ from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 from toolkit.target import Target
 
-# Resident memory of the converting processes, measured with bench/convert.py and rounded up.
-PARENT_BYTES = 100_000_000
-WORKER_BYTES = 100_000_000
+# Resident memory of a conversion, and of each thread: bench/convert.py, rounded up.
+PROCESS_BYTES = 150_000_000
+WORKER_BYTES = 20_000_000
 TOKENIZER_BYTES = 2_400_000  # Phi-3's files, where there is no checkpoint to look at
 RUNNER_BYTES = 1_000_000
 MOST_WORKERS = 8
@@ -60,13 +60,13 @@ class Plan:
 
     @property
     def build_memory_bytes(self) -> int:
-        """Resident memory of the conversion, all processes; the gate then loads the artifact."""
-        return PARENT_BYTES + self.workers * WORKER_BYTES
+        """Resident memory of the conversion; the gate then loads the artifact."""
+        return PROCESS_BYTES + self.workers * WORKER_BYTES
 
     @property
     def gate_memory_bytes(self) -> int:
         """Resident memory of the gate: the artifact in its own runtime on this machine."""
-        return self.data.size_bytes + self.needs.overhead_bytes + PARENT_BYTES
+        return self.data.size_bytes + self.needs.overhead_bytes + PROCESS_BYTES
 
     @property
     def digest(self) -> str:
@@ -118,11 +118,11 @@ def _limit_workers(workers: int | None, memory_bytes: int | None) -> int:
     wanted = workers or min(MOST_WORKERS, os.cpu_count() or 1)
     if memory_bytes is None:
         return wanted
-    allowed = (memory_bytes - PARENT_BYTES) // WORKER_BYTES
+    allowed = (memory_bytes - PROCESS_BYTES) // WORKER_BYTES
     if allowed < 1:
         raise PlanError(
             f"--memory {format_bytes(memory_bytes)}: converting takes at least "
-            f"{format_bytes(PARENT_BYTES + WORKER_BYTES)}"
+            f"{format_bytes(PROCESS_BYTES + WORKER_BYTES)}"
         )
     return min(wanted, allowed)
 

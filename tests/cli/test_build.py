@@ -6,12 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from tests.cli.commands import events, run, start
@@ -232,20 +230,10 @@ def test_an_interrupt_leaves_nothing_behind(
     for line in process.stdout:  # wait until workers are writing
         if json.loads(line)["event"] == "progress":
             break
-    children = _children(process.pid)
-    assert len(children) >= 2
     process.send_signal(which)
     process.communicate(timeout=30)
     assert process.returncode == 130
     assert leftovers(out) == []
-    deadline_s = time.monotonic() + 15
-    while any(map(psutil.pid_exists, children)) and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-    assert not [pid for pid in children if psutil.pid_exists(pid)]
-
-
-def _children(pid: int) -> list[int]:
-    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,7 @@ def test_a_wrong_recipe_names_line_key_found_and_allowed(
 def test_build_memory_limits_workers_and_refuses_too_little() -> None:
     decoder = known_decoder("phi-3-mini-4k")
     recipe = catalog.load_recipe("phi-3-mini-4k-onnx-cpu-int4")
-    assert make_plan(recipe, decoder, workers=8, memory_bytes=350_000_000).workers == 2
+    assert make_plan(recipe, decoder, workers=8, memory_bytes=200_000_000).workers == 2
     with pytest.raises(PlanError, match="converting takes at least"):
         make_plan(recipe, decoder, memory_bytes=10_000_000)
 

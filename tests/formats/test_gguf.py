@@ -278,7 +278,6 @@ def test_workers_and_shards_do_not_change_a_byte(
     for name in ("alone", "two"):
         (tmp_path / name).mkdir()
     write_artifact(recipe, one, tmp_path / "alone", workers=1)
-    monkeypatch.setattr(stream, "ALONE_BELOW_WEIGHTS", 0)
     monkeypatch.setattr(stream, "TASK_WEIGHTS", 10_000)
     write_artifact(recipe, three, tmp_path / "two", workers=2)
     alone = (tmp_path / "alone" / "model.gguf").read_bytes()

@@ -166,7 +166,6 @@ def test_workers_and_shards_do_not_change_a_byte(
     three = Checkpoint.open(write_random_checkpoint(tmp_path / "three", "longrope_gqa", shards=3))
     recipe = make_recipe("mixed_3_6", one)
     write(tmp_path / "alone", recipe, one)
-    monkeypatch.setattr(stream, "ALONE_BELOW_WEIGHTS", 0)
     monkeypatch.setattr(stream, "TASK_WEIGHTS", 10_000)
     write(tmp_path / "two", recipe, three, workers=2)
     for path in (tmp_path / "alone").iterdir():

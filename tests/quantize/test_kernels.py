@@ -8,7 +8,15 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint import to_float32
 from toolkit.quantize import kernels
-from toolkit.quantize.kernels import STEP_WEIGHTS, Layout, Rule, encode, find_ranges, pack
+from toolkit.quantize.kernels import (
+    STEP_WEIGHTS,
+    Layout,
+    Rule,
+    encode,
+    find_ranges,
+    narrow,
+    pack,
+)
 
 # Fewer than a chunk of the C code, exactly one, more, and no multiple of one.
 SIZES = [8, 16, 24, 32, 64, 128, 512, 768, 3072]
@@ -107,6 +115,58 @@ def test_halves_put_code_j_below_code_j_plus_16() -> None:
     np.testing.assert_array_equal(packed.reshape(-1, 16), halves[:, 0] + 16 * halves[:, 1])
 
 
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_signed_codes_are_two_complements(dtype: str) -> None:
+    raw = make_raw(dtype, 64 * 40)
+    plain = run_encode(raw, 64, 4, Rule.SUBTRACT_DIVIDE_ROUND)
+    signed = run_encode(raw, 64, 4, Rule.SUBTRACT_DIVIDE_ROUND, layout=Layout.SIGNED)
+    for shift in (0, 4):
+        expected = ((plain >> shift & 15).astype(np.int8) - 8) & 15
+        np.testing.assert_array_equal(signed >> shift & 15, expected)
+
+
+def near_ties(steps: NDArray[np.float32], top: int) -> NDArray[np.float32]:
+    """For each step the weights around every half code: [steps, codes * 7]."""
+    middles = (np.arange(top + 1) + 0.5).astype(np.float32) * steps[:, None]
+    near = middles.view(np.uint32)[..., None] + np.arange(-3, 4, dtype=np.int32).astype(np.uint32)
+    return near.reshape(len(steps), -1).view(np.float32)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_near_a_tie_are_those_of_a_true_division(bits: int) -> None:
+    """The compiled kernel multiplies by a reciprocal; python -m bench.division tries every step."""
+    steps = np.random.default_rng(4).uniform(1, 2, 4000).astype(np.float32)
+    steps[:2] = 1, np.nextafter(np.float32(2), np.float32(1))
+    weights = near_ties(steps, (1 << bits) - 1)
+    codes = np.empty(weights.size * bits // 8, np.uint8)
+    rule, origins = Rule.SUBTRACT_DIVIDE_ROUND, np.zeros_like(steps)
+    encode(weights, weights.shape[1], codes, bits, rule, origins, steps)
+    expected = np.rint(weights / steps[:, None]).clip(0, (1 << bits) - 1).astype(np.uint8)
+    np.testing.assert_array_equal(codes, pack(expected, bits))
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("step", [1e-40, 1e-38, 2.0**-101, 2.0**-99, 2.0**99, 2.0**101, 3e38])
+def test_steps_without_a_usable_reciprocal(step: float) -> None:
+    weights = near_ties(np.array([step / 16], np.float32), 15)
+    codes = np.empty(weights.size, np.uint8)
+    divisor = np.array([step / 16], np.float32)
+    origin = np.zeros(1, np.float32)
+    encode(weights, weights.size, codes, 8, Rule.SUBTRACT_DIVIDE_ROUND, origin, divisor)
+    np.testing.assert_array_equal(codes, np.rint(weights[0] / divisor[0]).clip(0, 255))
+
+
+@pytest.mark.usefixtures("implementation")
+def test_nothing_times_an_infinite_reciprocal_is_code_0() -> None:
+    codes = np.full(16, 255, np.uint8)
+    infinite, offset = np.array([np.inf], np.float32), np.array([8.5], np.float32)
+    raw = np.zeros(32, np.float32)
+    encode(raw, 32, codes, 4, Rule.MULTIPLY_ADD_TRUNCATE, infinite, offset)
+    assert not codes.any()
+
+
 @pytest.mark.parametrize("bits", [2, 3, 5, 6])
 def test_a_stream_of_codes_reads_back_as_one_long_number(bits: int) -> None:
     codes = np.random.default_rng(3).integers(0, 1 << bits, 24).astype(np.uint8)
@@ -121,6 +181,26 @@ def test_every_float16_widens_to_itself() -> None:
     low, high = find_ranges(finite, 1)
     np.testing.assert_array_equal(low, finite.astype(np.float32))
     np.testing.assert_array_equal(high, low)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("through_half", [False, True])
+def test_every_nan_is_refused(through_half: bool) -> None:
+    for bits in (0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF):
+        weights = np.array([1, bits], np.uint32).view(np.float32)
+        with pytest.raises(ValueError, match="not finite"):
+            find_ranges(weights, 2, through_half=through_half)
+
+
+@pytest.mark.usefixtures("implementation")
+def test_narrow_rounds_to_nearest_even() -> None:
+    halves = np.arange(0x7BFF, dtype=np.uint16).view(np.float16).astype(np.float64)
+    middles = (halves + np.append(halves[1:], 65504.0)) / 2
+    values = np.concatenate([halves, middles, [65519, 65520, 1e30, 1e-30]]).astype(np.float32)
+    values = np.concatenate([values, np.nextafter(values, np.float32(0)), -values])
+    narrow(values, found := np.empty(values.size, np.float16))
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(found.view("<u2"), values.astype(np.float16).view("<u2"))
 
 
 @pytest.mark.usefixtures("implementation")

@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from toolkit.quantize import kernels
-from toolkit.quantize.mlx import narrow, quantize
+from toolkit.quantize.kernels import narrow
+from toolkit.quantize.mlx import quantize
 
 ROWS, COLUMNS = 48, 512
 Floats = NDArray[np.float32]

@@ -4,23 +4,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import psutil
 import pytest
 from numpy.typing import NDArray
 
 from tests.checkpoints import write_random_checkpoint
 from toolkit import fileio, stream
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import BuildError, CheckpointError
+from toolkit.errors import CheckpointError
 
 HEADER_BYTES = 100
 SMALL_TASK_WEIGHTS = 1 << 14
@@ -55,16 +55,11 @@ class Refuse:
 
 
 @dataclass(frozen=True)
-class Die:
-    """Ends its process, by a signal or with an exit code."""
-
-    signal: int = 0
-    code: int = 0
+class Break:
+    """Has a mistake in it."""
 
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
-        if self.signal:
-            os.kill(os.getpid(), self.signal)
-        os._exit(self.code)
+        raise RuntimeError("a mistake")
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Wait:
     seconds: float
 
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
-        os.write(1, b"waiting\n")  # One call: two workers share this pipe.
+        os.write(1, b"waiting\n")  # one call, for two threads share the pipe
         time.sleep(self.seconds)
 
 
@@ -86,13 +81,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make many tasks of a small checkpoint, and let workers take them."""
-    make_small_tasks(partial(monkeypatch.setattr, stream))
+    """Make many tasks of a small checkpoint."""
+    monkeypatch.setattr(stream, "TASK_WEIGHTS", SMALL_TASK_WEIGHTS)
 
 
-def make_small_tasks(set_constant: Callable[[str, int], None]) -> None:
-    set_constant("TASK_WEIGHTS", SMALL_TASK_WEIGHTS)
-    set_constant("ALONE_BELOW_WEIGHTS", 1)
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """However a test ends."""
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
 
 
 def lay_out(checkpoint: Checkpoint, encoder: stream.Encoder) -> stream.DataFile:
@@ -125,19 +123,6 @@ def source_bytes(checkpoint: Checkpoint) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
-def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    """Worker processes, zombies included; not what other tests of this process have running."""
-    found = []
-    for child in process.children(recursive=True):
-        try:
-            is_worker = "spawn_main" in " ".join(child.cmdline())
-        except psutil.ZombieProcess:
-            is_worker = child.name().startswith("python")
-        if is_worker:
-            found.append(child)
-    return found
-
-
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_any_number_of_workers_writes_the_same(
     checkpoint: Checkpoint, tmp_path: Path, workers: int
@@ -146,7 +131,6 @@ def test_any_number_of_workers_writes_the_same(
     assert content[HEADER_BYTES:] == source_bytes(checkpoint)
     assert content[:HEADER_BYTES] == bytes(HEADER_BYTES)
     assert told_bytes == len(source_bytes(checkpoint))
-    assert not workers_of(psutil.Process())
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -179,20 +163,12 @@ def test_rows_in_pieces_and_constants(checkpoint: Checkpoint, tmp_path: Path, wo
     assert content == raw[split * row_bytes :] + raw[: split * row_bytes] + answer.tobytes()
 
 
-def test_small_models_need_no_worker(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = lay_out(checkpoint, Die(code=3))
-    monkeypatch.setattr(stream, "ALONE_BELOW_WEIGHTS", data.weights + 1)
-    monkeypatch.setattr(os, "_exit", lambda code: None)  # Would end this process.
-    assert write(checkpoint, data, tmp_path, 2)[1] == 2 * data.weights
-
-
 def test_without_pread(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each worker has files of its own, so that one's seek does not move another's."""
     monkeypatch.setattr(fileio, "HAS_POSITIONAL", False)
-    content, _ = write(checkpoint, lay_out(checkpoint, Copy()), tmp_path, 1)
+    content, _ = write(checkpoint, lay_out(checkpoint, Copy()), tmp_path, 3)
     assert content[HEADER_BYTES:] == source_bytes(checkpoint)
 
 
@@ -205,32 +181,60 @@ def test_weight_that_cannot_be_held_is_named(
     says = rf"{checkpoint.folder}: {first if workers == 1 else '.*'}: row \d+ holds NaN"
     with pytest.raises(CheckpointError, match=says):
         write(checkpoint, data, tmp_path, workers)
-    assert not workers_of(psutil.Process())
 
 
-@pytest.mark.parametrize(
-    ("encoder", "says"),
-    [
-        (Die(signal=signal.SIGKILL), "a worker process was killed by SIGKILL"),
-        (Die(signal=signal.SIGSEGV), "a worker process was killed by SIGSEGV"),
-        (Die(signal=40), "a worker process was killed by signal 40"),
-        (Die(code=3), "a worker process failed with exit code 3"),
-    ],
-)
-def test_dead_worker_is_explained(
-    checkpoint: Checkpoint, tmp_path: Path, encoder: Die, says: str
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_mistake_in_one_worker_ends_all(
+    checkpoint: Checkpoint, tmp_path: Path, workers: int
 ) -> None:
-    with pytest.raises(BuildError, match=says) as caught:
-        write(checkpoint, lay_out(checkpoint, encoder), tmp_path, 2)
-    assert ("--workers" in caught.value.advice) == bool(encoder.signal)
-    assert not workers_of(psutil.Process())
+    slow = lay_out(checkpoint, Wait(0.01))
+    first, *others = slow.pieces
+    data = replace(slow, pieces=(replace(first, encoder=Break()), *others))
+    fileio.reserve(tmp_path / "data", data.size_bytes)
+    recorded: list[int] = []
+    output = stream.Output(data, tmp_path / "data", record=recorded.append)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        stream.stream(checkpoint, [output], workers, lambda _: None)
+    assert len(recorded) < data.weights // SMALL_TASK_WEIGHTS / 2
+
+
+def test_a_task_that_cannot_be_recorded_ends_all(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    data = lay_out(checkpoint, Copy())
+    told: list[int] = []
+
+    def record(number: int) -> None:
+        told.append(number)
+        raise OSError("no space for the journal")
+
+    fileio.reserve(tmp_path / "data", data.size_bytes)
+    output = stream.Output(data, tmp_path / "data", record=record)
+    with pytest.raises(OSError, match="no space for the journal"):
+        stream.stream(checkpoint, [output], 2, lambda _: None)
+    assert len(told) <= 2
+
+
+def test_one_worker_tells_at_a_time(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    data = lay_out(checkpoint, Copy())
+    inside: list[str] = []
+    most: list[int] = []
+
+    def tell(_: int) -> None:
+        inside.append("here")
+        time.sleep(0.001)  # hands over to another thread
+        most.append(len(inside))
+        inside.pop()
+
+    fileio.reserve(tmp_path / "data", data.size_bytes)
+    output = stream.Output(data, tmp_path / "data", record=tell)
+    stream.stream(checkpoint, [output], 3, tell)
+    assert max(most) == 1
 
 
 def main(folder: str, out: str, kind: str, workers: str, limit_bytes: str) -> None:
     """Body of a process that the tests interrupt, kill or starve of disk."""
-    make_small_tasks(partial(setattr, stream))
+    stream.TASK_WEIGHTS = SMALL_TASK_WEIGHTS
     checkpoint = Checkpoint.open(Path(folder))
-    encoders = {"wait": Wait(3600), "slow": Wait(0.1), "copy": Copy()}
+    encoders: dict[str, stream.Encoder] = {"slow": Wait(0.2), "copy": Copy()}
     data = lay_out(checkpoint, encoders[kind])
     fileio.reserve(Path(out), data.size_bytes)
     if int(limit_bytes):
@@ -275,81 +279,18 @@ def start_process(script: str) -> Process:
     )
 
 
-def wait_for_workers(process: Process, count: int) -> list[psutil.Process]:
-    assert process.stdout
-    for _ in range(count):
-        assert process.stdout.readline() == "waiting\n"
-    return workers_of(psutil.Process(process.pid))
-
-
-@pytest.mark.parametrize("whole_group", [True, False])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_interrupt_ends_everything(start: Start, workers: int, whole_group: bool) -> None:
-    process = start("wait", workers)
-    children = wait_for_workers(process, workers)
-    assert len(children) == (2 if workers == 2 else 0)
-    if whole_group:
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=PATIENCE_S)[1]
+def test_interrupt_ends_everything(checkpoint: Checkpoint, start: Start, workers: int) -> None:
+    process = start("slow", workers)
+    assert process.stdout
+    for _ in range(workers):
+        assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    told, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == -signal.SIGINT
     assert errors.count("Traceback") == 1 and errors.endswith("KeyboardInterrupt\n")
-    assert not psutil.wait_procs(children, PATIENCE_S)[1]
-
-
-def test_interrupt_while_workers_start(start: Start) -> None:
-    """They are importing then, and must not print tracebacks of their own."""
-    process = start("wait", 2)
-    parent = psutil.Process(process.pid)
-    while not (children := workers_of(parent)):
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)
-    errors = process.communicate(timeout=PATIENCE_S)[1]
-    assert errors.count("Traceback") == 1, errors
-    assert not psutil.wait_procs(children, PATIENCE_S)[1]
-
-
-INTERRUPTED = """
-import signal, threading, time
-from toolkit import stream
-
-end = threading.Event()
-other = threading.Thread(target=end.wait)  # libraries of linear algebra bring their own
-other.start()
-try:
-    with stream._interrupt_held_back():
-        signal.pthread_kill(other.ident, signal.SIGINT)
-        time.sleep(0.5)
-        print("started")
-except KeyboardInterrupt:
-    print("interrupted")
-end.set()
-print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
-"""
-
-
-def test_interrupt_waits_until_a_worker_is_started() -> None:
-    """However many threads there are; in a process of its own, which a failure would end."""
-    told = subprocess.check_output([sys.executable, "-c", INTERRUPTED], text=True)
-    assert told.split() == ["started", "interrupted", "True"]
-
-
-def test_worker_is_started_deaf_to_interrupts() -> None:
-    script = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
-    with stream._interrupt_held_back():
-        told = subprocess.check_output([sys.executable, "-c", script], text=True)
-    assert told == "True\n"
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-
-def test_killed_parent_takes_its_workers_with_it(start: Start) -> None:
-    process = start("slow", 2)
-    children = wait_for_workers(process, 2)
-    process.kill()
-    errors = process.communicate(timeout=PATIENCE_S)[1]
-    assert not psutil.wait_procs(children, PATIENCE_S)[1]
-    assert "Traceback" not in errors, errors
+    tasks = lay_out(checkpoint, Copy()).weights // SMALL_TASK_WEIGHTS
+    assert told.count("waiting") < tasks / 2
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -37,7 +37,7 @@ class Size(click.ParamType[int]):
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON event a line.")
 workers_option = click.option(
-    "--workers", type=click.IntRange(1, 64), help="Worker processes; as many as cores, at most 8."
+    "--workers", type=click.IntRange(1, 64), help="Worker threads; as many as cores, at most 8."
 )
 context_option = click.option(
     "--context", type=click.IntRange(min=16), help="Context length, instead of the recipe's."

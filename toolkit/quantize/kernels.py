@@ -1,4 +1,4 @@
-"""The two loops that see every weight: the range of each group, and its codes.
+"""The two loops that see every weight, the range of each group and its codes, and rounding.
 
 Compiled from kernels.c when the package is built; where no compiler was found, NumPy does the same
 more slowly (`python -m bench.quantizer`). What is per group, scales and zero points, the module of
@@ -36,6 +36,7 @@ class Layout(IntEnum):
 
     STREAM = 0  # one stream of bits, the first code lowest
     HALVES = 1  # 4 bits: byte j of every 32 codes holds code j below code j + 16
+    SIGNED = 2  # 4 bits: as STREAM, codes less 8 in two's complement
 
 
 def find_ranges(
@@ -47,17 +48,22 @@ def find_ranges(
     rounds every weight to float16 first.
     """
     groups = raw.size // size
-    low, high = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    low, high = np.empty((2, groups), np.float32)
     if library := load_library():
-        source = (raw.ctypes.data, DTYPES[raw.dtype], through_half, groups, size)
-        library.phiship_ranges(*source, low.ctypes.data, high.ctypes.data)
+        source = (raw.ctypes.data, DTYPES[raw.dtype], groups, size)
+        is_finite = library.phiship_ranges(*source, low.ctypes.data, high.ctypes.data)
     else:
-        for values, part in _steps(raw, size, through_half):
+        for values, part in _steps(raw, size):
             values.min(axis=1, out=low[part])
             values.max(axis=1, out=high[part])
-    low += 0  # -0 becomes 0: blocks of zeros are alike
-    high += 0
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        is_finite = _are_finite(low, high)
+        with np.errstate(invalid="ignore"):  # a NaN, which is refused below
+            low += 0  # -0 becomes 0: groups of zeros are alike
+            high += 0
+    if through_half:
+        low, high = _round_to_half(low), _round_to_half(high)  # which keeps their order
+        is_finite = is_finite and _are_finite(low, high)
+    if not is_finite:
         raise ValueError("a weight is not finite (NaN, Inf or beyond the format's range)")
     return low, high
 
@@ -101,10 +107,30 @@ def pack(codes: Codes, bits: int, layout: Layout = Layout.STREAM) -> Codes:
         return _join(halves[:, 0], halves[:, 1]).reshape(-1)
     if bits == 8:
         return flat
+    if layout is Layout.SIGNED:
+        flat = flat ^ np.uint8(8)
     if bits == 4 and flat.size % 2 == 0:
         return _join(flat[0::2], flat[1::2])
     shifts = np.arange(bits, dtype=np.uint8)
     return np.packbits((flat[:, None] >> shifts) & 1, bitorder="little")
+
+
+def narrow(values: NDArray[np.float32], out: NDArray[Any]) -> None:
+    """Round float32 to nearest even into `out`: float32, float16, or bf16 as uint16 bits.
+
+    Infinite where the type does not reach; NaN is not kept.
+    """
+    if out.dtype == np.float32:
+        out[:] = values
+    elif library := load_library():
+        wide = np.ascontiguousarray(values)
+        library.phiship_narrow(wide.ctypes.data, wide.size, DTYPES[out.dtype], out.ctypes.data)
+    elif out.dtype == np.uint16:
+        bits = values.view(np.uint32)
+        out[:] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    else:
+        with np.errstate(over="ignore"):
+            out[:] = values
 
 
 def _join(low: Codes, high: Codes) -> Codes:
@@ -119,32 +145,43 @@ def load_library() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(str(LIBRARY))
     pointer, count, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    library.phiship_ranges.argtypes = [pointer, number, count, count, pointer, pointer]
+    library.phiship_ranges.restype = ctypes.c_bool
     source: list[Any] = [pointer, number, number, count, count]
-    library.phiship_ranges.argtypes = [*source, pointer, pointer]
-    library.phiship_ranges.restype = None
     library.phiship_encode.argtypes = [*source, number, number, number, *[pointer] * 3]
     library.phiship_encode.restype = None
+    fraction = ctypes.c_float
+    library.phiship_mlx_grid.argtypes = [*[pointer] * 2, count, *[fraction] * 2, *[pointer] * 2]
+    library.phiship_mlx_grid.restype = ctypes.c_bool
+    library.phiship_narrow.argtypes = [pointer, count, number, pointer]
+    library.phiship_narrow.restype = None
     return library
 
 
-def _steps(raw: NDArray[Any], size: int, through_half: bool) -> Iterator[tuple[Floats, slice]]:
+def _steps(
+    raw: NDArray[Any], size: int, through_half: bool = False
+) -> Iterator[tuple[Floats, slice]]:
     """Yield about STEP_WEIGHTS weights as fresh float32 [groups, size], and which groups."""
     step = max(1, STEP_WEIGHTS // size)
     groups = raw.reshape(-1, size)
     for start in range(0, len(groups), step):
         part = groups[start : start + step]
-        yield _widen(part, through_half), slice(start, start + len(part))
+        if raw.dtype == np.uint16:
+            values: Floats = np.left_shift(part, 16, dtype=np.uint32).view(np.float32)
+        else:
+            values = part.astype(np.float32)
+        if through_half:
+            values = _round_to_half(values)
+        yield values, slice(start, start + len(part))
 
 
-def _widen(raw: NDArray[Any], through_half: bool) -> Floats:
-    if raw.dtype == np.uint16:
-        values: Floats = np.left_shift(raw, 16, dtype=np.uint32).view(np.float32)
-    else:
-        values = raw.astype(np.float32)
-    if through_half:
-        with np.errstate(over="ignore"):  # find_ranges refuses what becomes infinite
-            values = values.astype(np.float16).astype(np.float32)
-    return values
+def _round_to_half(values: Floats) -> Floats:
+    with np.errstate(over="ignore"):  # find_ranges refuses what becomes infinite
+        return values.astype(np.float16).astype(np.float32)
+
+
+def _are_finite(*arrays: Floats) -> bool:
+    return all(bool(np.isfinite(array).all()) for array in arrays)
 
 
 def _apply(rule: Rule, values: Floats, first: Floats, second: Floats) -> None:

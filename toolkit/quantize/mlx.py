@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.quantize.kernels import Codes, Floats, Rule, encode, find_ranges
+from toolkit.quantize import kernels
+from toolkit.quantize.kernels import Codes, Floats, Rule, encode, find_ranges, narrow
 
 LEAST_STEP = np.float32(1e-7)
 
@@ -39,36 +40,28 @@ def quantize(
 
 def find_grid(low: Floats, high: Floats, top: int) -> tuple[Floats, Floats]:
     """Step and origin of each group, float32, from its least and greatest weight."""
-    with np.errstate(over="ignore"):
-        steps = (high - low) / np.float32(top)
-    if not np.isfinite(steps).all():
+    steps, origins = np.empty((2, *low.shape), np.float32)
+    if library := kernels.load_library():
+        ends = (low.ctypes.data, high.ctypes.data, low.size)
+        grid = (steps.ctypes.data, origins.ctypes.data)
+        is_finite = library.phiship_mlx_grid(*ends, top, LEAST_STEP, *grid)
+    else:
+        is_finite = _fill_grid(low, high, top, steps, origins)
+    if not is_finite:
         raise ValueError("a group's weights lie too far apart for a float32 scale")
-    # Signs by arithmetic: choosing by elements costs more than the kernels.
-    sums = low + high  # negative where |low| > |high|, and where both are the same negative weight
-    edges = np.copysign(np.maximum(-low, high), sums)
+    return steps, origins
+
+
+def _fill_grid(low: Floats, high: Floats, top: int, steps: Floats, origins: Floats) -> bool:
+    """The same where there is no compiled kernel; False when a step is not finite."""
     is_low = np.abs(low) > np.abs(high)
-    np.maximum(steps, LEAST_STEP, out=steps)
-    steps *= is_low.astype(np.float32) * 2 - 1
-    counts = np.rint(edges / steps)
-    if counts.all():
-        return np.divide(edges, counts, out=steps), edges
+    edges = np.where(is_low, low, high)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.maximum((high - low) / np.float32(top), LEAST_STEP, out=steps)
+        is_finite = bool(np.isfinite(steps).all())
+        np.negative(steps, out=steps, where=~is_low)
+        counts = np.rint(edges / steps)
     has_edge = counts != 0
     np.divide(edges, counts, out=steps, where=has_edge)
-    return steps, np.where(has_edge, edges, np.float32(0))
-
-
-def narrow(values: Floats, out: NDArray[Any]) -> None:
-    """Round float32 to nearest even into `out`: float32, float16, or bf16 as uint16 bits.
-
-    NaN is not kept in bf16.
-    """
-    if out.dtype != np.uint16:
-        out[:] = values
-        return
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    out[:] = rounded
+    origins[:] = np.where(has_edge, edges, np.float32(0))
+    return is_finite

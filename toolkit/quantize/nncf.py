@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.quantize.extremes import scale_extremes
-from toolkit.quantize.kernels import Codes, Floats, Rule, encode, find_ranges
+from toolkit.quantize.kernels import Codes, Floats, Layout, Rule, encode, find_ranges, narrow
 
+BEYOND_HALF = 65520.0  # from here on float16 is infinite
 LEAST_SCALE = np.finfo(np.float32).eps  # NNCF's, for groups of zeros
-SIGN_BITS = np.uint8(0x88)  # flips both codes of a byte between offset 8 and two's complement
 
 
 def quantize_symmetric(
@@ -35,8 +35,8 @@ def quantize_symmetric(
     _store(exact, scales)
     # weight / scale + 8 with one rounding less: the sum is exact for bf16 and float16 wherever it
     # decides a code.
-    encode(raw, size, codes, 4, Rule.SUBTRACT_DIVIDE_ROUND, exact * np.float32(-8), exact)
-    np.bitwise_xor(codes, SIGN_BITS, out=codes)
+    rule, origins = Rule.SUBTRACT_DIVIDE_ROUND, exact * np.float32(-8)
+    encode(raw, size, codes, 4, rule, origins, exact, layout=Layout.SIGNED)
 
 
 def quantize_asymmetric(
@@ -62,7 +62,6 @@ def _at_least(scales: Floats) -> Floats:
 
 
 def _store(exact: Floats, scales: NDArray[np.float16]) -> None:
-    with np.errstate(over="ignore"):
-        scales[:] = exact
-    if not np.isfinite(scales).all():
+    if np.abs(exact).max(initial=0) >= BEYOND_HALF:
         raise ValueError("a group's weights are too large for a float16 scale")
+    narrow(exact, scales)

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint import to_float32
 from toolkit.formats.gguf import q4_0
-from toolkit.formats.gguf.ggml import load_library, to_float16
+from toolkit.formats.gguf.ggml import load_library
 from toolkit.formats.gguf.mix import GgmlType
+from toolkit.quantize.kernels import narrow
 from toolkit.stream import write_rows
 
 # A kernel call takes about this many weights, so that they stay in a core's L2 as float32.
@@ -45,7 +46,7 @@ class GgmlEncoder:
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
         """Encode and write rows; ValueError on Inf, NaN and weights the type cannot hold."""
         rows, columns = raw.shape
-        encoded = _buffer(rows * self.kind.row_bytes(columns)).reshape(rows, -1)
+        encoded = np.empty((rows, self.kind.row_bytes(columns)), np.uint8)
         if not (self.kind == GgmlType.Q4_0 and q4_0.quantize(raw, encoded, LARGEST_HALF)):
             step = max(1, CHUNK_WEIGHTS // columns)
             for first in range(0, rows, step):
@@ -58,7 +59,7 @@ class GgmlEncoder:
         if self.kind == GgmlType.BF16 and raw.dtype == np.uint16:
             encoded[:] = raw.view(np.uint8)
         elif self.kind == GgmlType.F16:
-            encoded[:] = to_float16(to_float32(raw)).view(np.uint8)
+            narrow(to_float32(raw), encoded.view("<f2"))
         else:
             wide = to_float32(raw)
             source, target = wide.ctypes.data, encoded.ctypes.data
@@ -76,13 +77,3 @@ class GgmlEncoder:
         if magnitudes[bad_row, column] >= known.infinity:
             raise ValueError(f"non-finite weight (NaN or Inf) {where}")
         raise ValueError(f"weight too large for {self.kind.name} (65504 at most) {where}")
-
-
-_buffers: dict[str, NDArray[np.uint8]] = {}
-
-
-def _buffer(size_bytes: int) -> NDArray[np.uint8]:
-    """The process's output buffer, grown as needed."""
-    if "encoded" not in _buffers or _buffers["encoded"].size < size_bytes:
-        _buffers["encoded"] = np.empty(size_bytes, np.uint8)
-    return _buffers["encoded"][:size_bytes]

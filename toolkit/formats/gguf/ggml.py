@@ -10,9 +10,6 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from toolkit.errors import MissingExtraError, require
 
 PACKAGE = "xllamacpp"
@@ -34,19 +31,11 @@ def load_library() -> ctypes.CDLL:
     )
 
 
-def to_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Round to nearest even, as NumPy and ggml_quantize_chunk do 13 to 20 times slower."""
-    halves = np.empty(values.shape, np.float16)
-    load_library().ggml_cpu_fp32_to_fp16(values.ctypes.data, halves.ctypes.data, values.size)
-    return halves
-
-
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Give the kernels their types (ggml.h, ggml-cpu.h)."""
+    """Give the kernels their types (ggml.h)."""
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     try:
         quantize = library.ggml_quantize_chunk
-        narrow = library.ggml_cpu_fp32_to_fp16
     except AttributeError as error:
         raise MissingExtraError(
             f"{library._name}: {error}: this build of {PACKAGE} does not export ggml",
@@ -54,6 +43,4 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ) from error
     quantize.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
     quantize.restype = ctypes.c_size_t
-    narrow.argtypes = [pointer, pointer, count]
-    narrow.restype = None
     return library

@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import to_float32
-from toolkit.formats.gguf.ggml import to_float16
 from toolkit.quantize.extremes import scale_extremes
-from toolkit.quantize.kernels import Floats, Layout, Rule, encode, find_ranges
+from toolkit.quantize.kernels import Floats, Layout, Rule, encode, find_ranges, narrow
 
 BLOCK_WEIGHTS = 32
 BLOCK = np.dtype([("scale", "<f2"), ("codes", "u1", (16,))])
@@ -40,11 +39,12 @@ def quantize(raw: NDArray[Any], encoded: NDArray[np.uint8], largest: float) -> b
         inverses = np.float32(1) / scales
     inverses[scales == 0] = 0
     codes = np.empty((len(scales), 16), np.uint8)
-    halves = np.full_like(scales, 8.5)
+    offsets = np.full_like(scales, 8.5)
     rule, layout = Rule.MULTIPLY_ADD_TRUNCATE, Layout.HALVES
-    encode(raw, BLOCK_WEIGHTS, codes.reshape(-1), 4, rule, inverses, halves, layout=layout)
+    encode(raw, BLOCK_WEIGHTS, codes.reshape(-1), 4, rule, inverses, offsets, layout=layout)
     blocks = encoded.reshape(-1).view(BLOCK)
-    blocks["scale"], blocks["codes"] = to_float16(scales), codes
+    narrow(scales, halves := np.empty(len(scales), np.float16))
+    blocks["scale"], blocks["codes"] = halves, codes
     return True
 
 

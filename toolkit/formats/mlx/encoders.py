@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint import to_float32
 from toolkit.quantize import mlx
+from toolkit.quantize.kernels import narrow
 from toolkit.stream import write_rows
 
 # A recipe's dtype as NumPy holds it; bf16 as its bits.
@@ -60,5 +61,5 @@ def _convert(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
         return raw
     converted = np.empty(raw.shape, STORED[dtype])
     with np.errstate(over="ignore"):  # what becomes infinite is refused
-        mlx.narrow(to_float32(raw), converted)
+        narrow(to_float32(raw), converted)
     return converted
