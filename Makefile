@@ -3,12 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= build
 
-.PHONY: help setup demo test test-vendor check bench clean
+.PHONY: help setup demo test test-vendor test-pi test-powercut check bench clean
 
 help:
 	@echo "make demo   set up, convert the bundled Phi-3, push it over SSH, ask it a question there"
 	@echo "make test   set up, run the tests"
 	@echo "make test-vendor  make the vendors' environments (5 GB), compare with the vendors themselves, refresh their digests"
+	@echo "make test-pi  as root: push to an emulated Raspberry Pi 5's userland (tests/emulated/README.md)"
+	@echo "make test-powercut  as root: cut an emulated Raspberry Pi 5's power in the middle of pushes"
 	@echo "make check  set up, lint and type-check"
 	@echo "make bench  set up, time the quantizer; ARGS=... compares with the vendors' tools (bench/README.md)"
 	@echo "make setup  only make $(VENV) with everything"
@@ -33,6 +35,12 @@ test-vendor: setup
 	PHISHIP_TEST_VENDOR=1 $(BIN)/python -m pytest tests/vendor/test_live.py
 	$(BIN)/python -m tests.golden.refresh
 	git diff --stat tests/golden
+
+test-pi: setup
+	PHISHIP_TEST_PI=1 $(BIN)/python -m pytest tests/emulated/test_pi.py
+
+test-powercut: setup
+	PHISHIP_TEST_POWERCUT=1 $(BIN)/python -m pytest tests/emulated/test_powercut.py
 
 check: setup
 	$(BIN)/ruff check .

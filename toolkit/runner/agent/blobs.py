@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import hashlib
@@ -22,6 +23,8 @@ CHUNK_BYTES = 1 << 20
 # An unfinished file is compared at every so many bytes: so much is sent again at most.
 PREFIX_STEP_BYTES = 4 << 20
 PIPE_BYTES = 1 << 20
+RING = 4  # chunks between the input and the hash
+FLUSH_BYTES = 64 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Of each unfinished file: its hash at every offset from which it may be continued.
@@ -124,31 +127,43 @@ def _receive_blob(agent: Agent, sha256: str, size_bytes: int, from_bytes: int) -
 def _write_part(
     agent: Agent, part: Path, digest: Any, from_bytes: int, size_bytes: int, free_bytes: int
 ) -> None:
-    """Append what arrives, durably in the end; Failure `cut` when the input ends early."""
+    """Append what arrives, durably in the end; Failure `cut` when the input ends early.
+
+    Hashing and flushing go on beside it: most boards have cores to spare. What is flushed on the
+    way survives a power cut.
+    """
     from concurrent.futures import ThreadPoolExecutor  # slow to import, for this alone
 
-    done_bytes = from_bytes
-    # Two, because one is still hashed while the other is filled; new ones would cost page faults.
-    buffers = itertools.cycle([memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)])
+    done_bytes = synced_bytes = from_bytes
+    # Filled in turn; new ones would cost page faults.
+    buffers = itertools.cycle([memoryview(bytearray(CHUNK_BYTES)) for _ in range(RING)])
+    hashing: collections.deque[Any] = collections.deque()
     with part.open("r+b" if from_bytes else "wb") as out, ThreadPoolExecutor(1) as hasher:
         if from_bytes:
             out.truncate(from_bytes)
             out.seek(from_bytes)
-        hashed = hasher.submit(digest.update, b"")
-        while done_bytes < size_bytes:
-            buffer = next(buffers)[: size_bytes - done_bytes]
-            piece = buffer[: agent.stdin.readinto(buffer)]
-            if not piece:
-                raise Failure("cut", f"the transfer ended after {done_bytes} of {size_bytes} bytes")
-            done_bytes += len(piece)
-            if done_bytes - from_bytes > free_bytes:
-                raise OSError(errno.ENOSPC, "quota reached")
-            # Hashed while it is written and the next piece arrives: most boards have a core free.
-            hashed.result()
-            hashed = hasher.submit(digest.update, piece)
-            out.write(piece)
-            agent.count(len(piece))
-        hashed.result()
+        with ThreadPoolExecutor(1) as flusher:
+            flushed = None
+            while done_bytes < size_bytes:
+                if len(hashing) == RING:
+                    hashing.popleft().result()
+                buffer = next(buffers)[: size_bytes - done_bytes]
+                piece = buffer[: agent.stdin.readinto(buffer)]
+                if not piece:
+                    where = f"{done_bytes} of {size_bytes} bytes"
+                    raise Failure("cut", f"the transfer ended after {where}")
+                done_bytes += len(piece)
+                if done_bytes - from_bytes > free_bytes:
+                    raise OSError(errno.ENOSPC, "quota reached")
+                hashing.append(hasher.submit(digest.update, piece))
+                out.write(piece)
+                agent.count(len(piece))
+                is_idle = flushed is None or flushed.done()
+                if done_bytes - synced_bytes >= FLUSH_BYTES and is_idle:
+                    synced_bytes = done_bytes
+                    flushed = flusher.submit(os.fsync, out.fileno())
+        if flushed:
+            flushed.result()
         out.flush()
         os.fsync(out.fileno())
 

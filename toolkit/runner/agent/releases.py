@@ -91,10 +91,10 @@ def confirm_release(layout: Layout, release: str) -> dict[str, Any]:
 def return_to_good(layout: Layout) -> dict[str, Any]:
     """End a trial: back to the recorded good release; without one, nothing is in use any more."""
     state = layout.read_state()
-    good, failed = state["good"], read_link(layout.current)
+    good, failed = state["good"], state["pending"] or read_link(layout.current)
     if good:
         replace_link(layout.current, f"releases/{good}")
-    elif failed:
+    elif layout.current.is_symlink():
         layout.current.unlink()
         sync_folder(layout.base)
     layout.write_state(good=good, pending=None, tries_left=0)

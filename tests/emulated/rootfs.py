@@ -1,0 +1,79 @@
+"""A Debian for aarch64 as a Raspberry Pi has it, with a user, an SSH server, and no runtimes."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.deploy.sshd import make_key
+from tests.emulated.cache import keep, run_quietly
+
+SUITE = "bookworm"
+PACKAGES = ("python3", "python3-venv", "openssh-server", "iproute2", "libgomp1")
+LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")
+USER = "pi"
+USER_ID = 1000
+# A password that fits nothing; without one sshd takes the account for locked.
+ADD_USER = f"useradd --create-home --shell /bin/bash --uid {USER_ID} --password '*' {USER}"
+DEVICE_PYTHON = "3.11"  # bookworm's
+RUNTIME = Path("opt/runtime")
+RUNTIME_PYTHON = f"/{RUNTIME}/bin/python3"
+# glibc 2.36 is bookworm's, 2.17 the oldest that wheels for aarch64 name.
+PLATFORMS = ("manylinux2014_aarch64", *(f"manylinux_2_{n}_aarch64" for n in range(17, 37)))
+CPU = "cortex-a76"  # of a Raspberry Pi 5
+SSHD_CONFIG = f"""
+Port {{port}}
+HostKey /etc/ssh/board_ed25519
+UsePAM no
+PasswordAuthentication no
+MaxStartups 100
+# sshd gives sessions a new environment, and qemu-user would emulate another processor in them.
+SetEnv QEMU_CPU={CPU}
+"""
+
+
+def unpack_rootfs(folder: Path) -> None:
+    """Write the userland into a new folder; the first time it is bootstrapped, for minutes."""
+    command: list[str | Path] = [
+        "mmdebstrap", "--architectures=arm64", "--variant=minbase", "--format=tar",
+        f"--include={','.join(PACKAGES)}", *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
+        f'--customize-hook=chroot "$1" {ADD_USER}', SUITE,
+    ]  # fmt: skip
+    packed = keep("rootfs", command, lambda path: run_quietly([*command, path]))
+    folder.mkdir(parents=True)
+    run_quietly(["tar", "-x", "-p", "--numeric-owner", "-C", folder, "-f", packed])
+
+
+def open_door(root: Path, keys: Path, port: int) -> None:
+    """Make the key pairs in folder `keys`; the userland's sshd takes them, on `port`."""
+    keys.mkdir(exist_ok=True)
+    for name in ("host_ed25519", "id_ed25519"):
+        make_key(keys / name, "ed25519")
+    shutil.copy(keys / "host_ed25519", root / "etc/ssh/board_ed25519")
+    (root / "etc/ssh/board_ed25519").chmod(0o600)
+    (root / "etc/ssh/sshd_config").write_text(SSHD_CONFIG.format(port=port), encoding="ascii")
+    allowed = root / "home" / USER / ".ssh" / "authorized_keys"
+    allowed.parent.mkdir(mode=0o700)
+    shutil.copy(keys / "id_ed25519.pub", allowed)
+    for path in (allowed.parent, allowed):
+        shutil.chown(path, USER_ID, USER_ID)
+    (root / "run/sshd").mkdir(exist_ok=True)
+
+
+def name_runtimes(names: Sequence[str]) -> list[str]:
+    """Return runtimes as pip requires them, of the versions that are installed here."""
+    return [f"{name}=={version(name)}" for name in names]
+
+
+def install_runtimes(root: Path, requirements: Sequence[str]) -> None:
+    """Put wheels for the board into a virtual environment below `root`, without emulating pip."""
+    run_quietly(["chroot", root, "python3", "-m", "venv", "--without-pip", f"/{RUNTIME}"])
+    target = root / RUNTIME / "lib" / f"python{DEVICE_PYTHON}" / "site-packages"
+    command = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--target", str(target), "--no-compile",
+        "--only-binary=:all:", "--implementation", "cp", "--python-version", DEVICE_PYTHON,
+    ]  # fmt: skip
+    for platform in PLATFORMS:
+        command += ["--platform", platform]
+    run_quietly([*command, *requirements])
