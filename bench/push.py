@@ -26,6 +26,7 @@ from toolkit.artifact import hash_file
 from toolkit.device import Device
 from toolkit.progress import Ignored
 from toolkit.ssh.carrier import Carrier
+from toolkit.ssh.knownhosts import own_file
 from toolkit.ssh.session import open_session
 from toolkit.ssh.transfer import Blob, find_missing, send_parts
 from toolkit.yamlfile import ByteSize
@@ -34,7 +35,7 @@ PIECE_BYTES = 1 << 20
 
 
 def push(device: Device, carrier: Carrier, blob: Blob) -> None:
-    """What `deploy` does from its lock to the end of the transfer."""
+    """Do what `deploy` does from its lock to the end of the transfer."""
     with open_session(device, carrier) as session:
         session.lock()
         send_parts(session, find_missing(session, [blob]).parts, Ignored())
@@ -42,8 +43,7 @@ def push(device: Device, carrier: Carrier, blob: Blob) -> None:
 
 def copy(server: OpenSSH, source: Path, target: Path, *, sync: bool) -> None:
     """Run scp, which is told the server's key."""
-    known = server.folder / "known_hosts"
-    known.write_text(f"[{LOOPBACK}]:{server.port} {server.public_key()}\n")
+    known = own_file()
     options = ["-o", f"UserKnownHostsFile={known}", "-o", "BatchMode=yes"]
     key = ["-i", str(server.folder / "id_ed25519")]
     words = ["scp", "-q", "-P", str(server.port), *key, *options]
@@ -89,8 +89,11 @@ def main() -> None:
 
 def run_all(server: OpenSSH, source: Path, target: Path, options: argparse.Namespace) -> None:
     """Take turns, so that other work on the machine hits all sides alike."""
+    os.environ["XDG_CONFIG_HOME"] = str(options.work / "config")
+    own_file().parent.mkdir(parents=True)
+    own_file().write_text(f"[{LOOPBACK}]:{server.port} {server.public_key()}\n")
     blob = Blob("source", source, hash_file(source), source.stat().st_size)
-    device = server.device(options.work / "root", host_key=server.fingerprint())
+    device = server.device(options.work / "root")
 
     def clean() -> None:
         shutil.rmtree(options.work / "root", ignore_errors=True)

@@ -301,8 +301,8 @@ def test_fast_cipher_is_used(openssh: OpenSSH, tmp_path: Path) -> None:
         assert transport.remote_cipher == "aes256-ctr"
 
 
-def test_openssh_is_told_one_key_and_no_other(openssh: OpenSSH, tmp_path: Path) -> None:
-    """Trust is decided here: a wrong pin is refused before ssh is run; ssh itself asks nobody."""
+def test_openssh_is_told_our_keys_and_no_other(openssh: OpenSSH, tmp_path: Path) -> None:
+    """Trust is decided here; ssh itself asks nobody."""
     wrong = openssh.device(tmp_path, host_key="SHA256:" + "A" * 43)
     with pytest.raises(HostKeyError):
         run(wrong, "true", carrier="openssh")
@@ -311,6 +311,37 @@ def test_openssh_is_told_one_key_and_no_other(openssh: OpenSSH, tmp_path: Path) 
     assert "GlobalKnownHostsFile=none" in command
     assert f'UserKnownHostsFile="{tmp_path}/it\'s one"' in command
     assert command[-3:] == ["--", LOOPBACK, "true"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("{place} {key}", None),
+        ("{place} {other}\n{place} {key}", None),
+        ("{place} {other}", "its host key has CHANGED"),
+        ("@revoked {place} {key}\n{place} {key}", "revoked"),
+        ("@revoked {place} garbage\n{place} {key}", "revoked"),
+        ("", "its host key is unknown"),
+    ],
+)
+def test_host_keys_through_openssh(
+    openssh: OpenSSH, tmp_path: Path, own_home: Path, lines: str, words: str | None
+) -> None:
+    """The same verdicts, in the same words, whoever carries the bytes."""
+    make_key(tmp_path / "other", "ed25519")
+    other = " ".join((tmp_path / "other.pub").read_text().split()[:2])
+    folder = own_home / ".config" / "phiship"
+    folder.mkdir(parents=True)
+    place = f"[{LOOPBACK}]:{openssh.port}"
+    text = lines.format(place=place, key=openssh.public_key(), other=other)
+    (folder / "known_hosts").write_text(text + "\n")
+    device = openssh.device(tmp_path / "root")
+    if words is None:
+        with open_session(device, "openssh") as session:
+            assert session.call("status")["current"] is None
+        return
+    with pytest.raises(HostKeyError, match=words), open_session(device, "openssh"):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,18 @@ def check_host_key(
         )
 
 
+def list_trusted(known: Sequence[KnownKey], pinned: str | None) -> list[HostKey]:
+    """Return the keys a device may show; none when a line revokes something unreadable.
+
+    With a pinned fingerprint only the known key that has it.
+    """
+    revoked = [entry.key for entry in known if entry.is_revoked]
+    if None in revoked:
+        return []
+    keys = [entry.key for entry in known if entry.key and not entry.is_revoked]
+    return [key for key in keys if key not in revoked and pinned in (None, key.fingerprint)]
+
+
 def refuse_revoked(device: str, key: HostKey, known: Iterable[KnownKey]) -> None:
     """Raise HostKeyError when a line revokes the key, or revokes something unreadable."""
     for entry in known:

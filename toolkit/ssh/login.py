@@ -11,7 +11,13 @@ from toolkit.device import Device, parse_address
 from toolkit.errors import UnreachableError
 from toolkit.ssh.endpoint import Endpoint, resolve_endpoint
 from toolkit.ssh.handshake import open_handshake, read_host_key
-from toolkit.ssh.knownhosts import HostKey, check_host_key, find_known_keys, list_files
+from toolkit.ssh.knownhosts import (
+    HostKey,
+    check_host_key,
+    find_known_keys,
+    list_files,
+    list_trusted,
+)
 
 if TYPE_CHECKING:
     from paramiko.pkey import PKey
@@ -44,6 +50,16 @@ def open_jumps(endpoint: Endpoint, opened: contextlib.ExitStack) -> "Transport |
         jump = parse_address(text)
         via = _open_hop(jump, resolve_endpoint(jump), via, opened)
     return via
+
+
+def find_host_keys(device: Device) -> list[HostKey]:
+    """Return the keys that the device may show; when none is known, the one it shows, judged.
+
+    Raises what `fetch_host_key` raises.
+    """
+    endpoint = resolve_endpoint(device)
+    known = find_known_keys(endpoint.host, endpoint.port, list_files())
+    return list_trusted(known, device.host_key) or [fetch_host_key(device)]
 
 
 def fetch_host_key(device: Device) -> HostKey:

@@ -1,7 +1,7 @@
 """A command on a device through the system's ssh: faster than paramiko where much is sent.
 
-Trust is decided in one place: paramiko fetches the host key and our rules judge it, then ssh is
-told this key and no other.
+Trust is decided in one place, by our rules (knownhosts.py): ssh is told the keys that the device
+may show, and no others. Where none is known, paramiko fetches the device's key to be judged.
 """
 
 import os
@@ -24,7 +24,7 @@ from toolkit.ssh.carrier import (
 )
 from toolkit.ssh.endpoint import build_ssh
 from toolkit.ssh.handshake import FAST_CIPHER
-from toolkit.ssh.login import fetch_host_key
+from toolkit.ssh.login import find_host_keys
 
 ALIAS = "phiship-device"
 END_TIMEOUT_S = 5
@@ -90,11 +90,11 @@ class ProcessStream:
 
 @contextmanager
 def run_with_ssh(device: Device, command: str) -> Iterator[ProcessStream]:
-    """Check the host key, run ssh, and end it with the block."""
-    key = fetch_host_key(device)
+    """Find the host key, run ssh, and end it with the block."""
+    keys = find_host_keys(device)
     with tempfile.TemporaryDirectory(prefix="phiship-") as folder:
         known = Path(folder) / "known_hosts"
-        known.write_text(f"{ALIAS} {key.text}\n", encoding="ascii")
+        known.write_text("".join(f"{ALIAS} {key.text}\n" for key in keys), encoding="ascii")
         process = subprocess.Popen(
             build_command(device, command, known),
             stdin=subprocess.PIPE,
@@ -112,7 +112,7 @@ def run_with_ssh(device: Device, command: str) -> Iterator[ProcessStream]:
 
 
 def build_command(device: Device, command: str, known: Path) -> list[str]:
-    """Return ssh's words; `known` is a known_hosts file with the device's key under ALIAS."""
+    """Return ssh's words; `known` is a known_hosts file with the device's keys under ALIAS."""
     words = build_ssh(device)
     for option in OPTIONS:
         words += ["-o", option]

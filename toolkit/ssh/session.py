@@ -22,6 +22,7 @@ from toolkit.errors import (
 from toolkit.progress import Advance, ignore
 from toolkit.ssh.bundle import Runner, pack_runner
 from toolkit.ssh.carrier import Carrier, Ending, Stream, explain_loss, lost, open_stream
+from toolkit.ssh.login import fetch_host_key
 
 # A board that swaps may take long to start Python; the agent's beats come every 5 s afterwards.
 START_TIMEOUT_S = 120
@@ -254,7 +255,12 @@ def open_session(device: Device, carrier: Carrier = "paramiko") -> Iterator[Sess
     runner = pack_runner()
     with open_stream(device, build_command(device, runner), carrier) as stream:
         session = Session(device, stream)
-        session.start(runner)
+        try:
+            session.start(runner)
+        except UnreachableError:
+            if carrier == "openssh":
+                fetch_host_key(device)  # raises, with better words, unless the login was refused
+            raise
         yield session
         # Its end is awaited, so that the lock is free when the block is left.
         stream.finish()
