@@ -12,7 +12,7 @@ import msgspec
 
 from toolkit.artifact import MANIFEST, Manifest, Smoke, hash_file, read_manifest, verify_files
 from toolkit.console import Console, format_bytes
-from toolkit.device import Device
+from toolkit.device import Device, Facts
 from toolkit.errors import (
     ArtifactError,
     PhishipError,
@@ -75,12 +75,7 @@ def deploy(
         size_bytes = release.manifest.size_bytes
         step.measured = f"{len(release.manifest.files)} files, {format_bytes(size_bytes)}"
     with _connect(device, push.carrier, size_bytes, report) as session:
-        with report.step("preflight", limit=describe_needs(release.manifest)) as step:
-            facts = read_facts(session, release.manifest.runtime.engine)
-            step.measured = describe_facts(facts)
-            brings = session.device.runtime == "auto"
-            findings = check_facts(device.name, facts, release.manifest, installs=brings)
-            step.measured = describe_facts(facts, findings)
+        facts = _preflight(session, release.manifest, report)
         with report.step("runtime", limit=_describe_runtime(release.manifest)) as step:
             runtime = choose_runtime(session, facts, release.manifest, console)
             step.measured = runtime.text
@@ -88,26 +83,12 @@ def deploy(
         if not push.dry_run:
             _lock(session, report)
         missing = _compare(session, release, console, report)
-        with report.step("disk") as step:
-            sent_bytes, free_bytes = missing.size_bytes, missing.free_bytes
-            step.measured = f"{format_bytes(free_bytes)} free"
-            check_disk(
-                device.name,
-                sent_bytes,
-                free_bytes,
-                wheel_bytes=runtime.unpacked_bytes,
-                list_fits=partial(suggest, facts, release.manifest),
-            )
-        if push.dry_run:
-            return report
-        _transfer(session, missing, push, console, report)
-        _stage(session, release, runtime, report)
-        _put_into_use(session, release.id, release.smoke, report, is_new=True)
-        with report.step("prune") as step:
-            pruned = session.call("prune")
-            step.measured = (
-                f"{len(pruned['releases'])} releases, {format_bytes(pruned['freed_bytes'])} freed"
-            )
+        _check_disk(session, facts, release.manifest, missing, runtime, report)
+        if not push.dry_run:
+            _transfer(session, missing, push, console, report)
+            _stage(session, release, runtime, report)
+            _put_into_use(session, release.id, release.smoke, report, is_new=True)
+            _prune(session, report)
     return report
 
 
@@ -197,6 +178,16 @@ def _connect(device: Device, asked: Carrier, size_bytes: int, report: Report) ->
         yield session
 
 
+def _preflight(session: Session, manifest: Manifest, report: Report) -> Facts:
+    with report.step("preflight", limit=describe_needs(manifest)) as step:
+        facts = read_facts(session, manifest.runtime.engine)
+        step.measured = describe_facts(facts)
+        brings = session.device.runtime == "auto"
+        findings = check_facts(session.device.name, facts, manifest, installs=brings)
+        step.measured = describe_facts(facts, findings)
+    return facts
+
+
 def _lock(session: Session, report: Report) -> None:
     """Be the only push; say so when an earlier one had left a release on trial."""
     with report.step("lock") as step:
@@ -224,6 +215,21 @@ def _compare(session: Session, release: Release, console: Console, report: Repor
             f"{format_bytes(missing.size_bytes)}{begun}{damaged}"
         )
     return missing
+
+
+def _check_disk(
+    session: Session, facts: Facts, manifest: Manifest, missing: Missing, runtime: Choice,
+    report: Report,
+) -> None:  # fmt: skip
+    with report.step("disk") as step:
+        step.measured = f"{format_bytes(missing.free_bytes)} free"
+        check_disk(
+            session.device.name,
+            missing.size_bytes,
+            missing.free_bytes,
+            wheel_bytes=runtime.unpacked_bytes,
+            list_fits=partial(suggest, facts, manifest),
+        )
 
 
 def _transfer(
@@ -277,6 +283,13 @@ def _put_into_use(
         _return(session, release, error, report)
     with report.step("confirm") as step:
         step.measured = session.call("confirm", release=release)["good"]
+
+
+def _prune(session: Session, report: Report) -> None:
+    with report.step("prune") as step:
+        pruned = session.call("prune")
+        count, freed = len(pruned["releases"]), format_bytes(pruned["freed_bytes"])
+        step.measured = f"{count} releases, {freed} freed"
 
 
 def _return(session: Session, release: str, reason: PhishipError, report: Report) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.deploy.sealed import make_blob
 from tests.deploy.sshd import OpenSSH
+from toolkit.artifact import hash_file
 from toolkit.device import Device
 from toolkit.errors import ArtifactError, PreflightError, RunnerError, UnreachableError
 from toolkit.progress import Ignored
@@ -168,6 +169,33 @@ def test_offset_that_was_never_compared(device: Device, tmp_path: Path) -> None:
     blob = make_blob(tmp_path / "file", NOISE)
     with pushing(device) as session, pytest.raises(RunnerError, match="cannot be continued"):
         send_parts(session, [Part(blob, 12)], Ignored())
+
+
+def read_peak_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc is of Linux")
+def test_memory_does_not_grow_with_the_file(openssh: OpenSSH, tmp_path: Path) -> None:
+    device = openssh.device(tmp_path / "device", host_key=openssh.fingerprint())
+    peaks = []
+    for size_bytes in (8_000_000, 200_000_000):
+        path = tmp_path / str(size_bytes)
+        with path.open("wb") as stream:
+            for _ in range(size_bytes // 8_000_000):
+                stream.write(NOISE[:8_000_000])
+        blob = Blob("file", path, hash_file(path), size_bytes)
+        with pushing(device) as session:
+            send_parts(session, find_missing(session, [blob]).parts, Ignored())
+            assert find_missing(session, [blob]).parts == ()
+            agent = json.loads((find_base(session) / "lock").read_text())["pid"]
+            peaks.append((read_peak_bytes(os.getpid()), read_peak_bytes(agent)))
+    (host_small, agent_small), (host_large, agent_large) = peaks
+    # Buffers on the way: 2 MiB of SSH's window and a few chunks; far less than the file.
+    assert host_large - host_small < 10_000_000
+    assert agent_large - agent_small < 10_000_000
+    assert agent_large < 60_000_000
 
 
 def test_limited_rate(board: Device, tmp_path: Path) -> None:
