@@ -209,7 +209,7 @@ def _compare(session: Session, release: Release, console: Console, report: Repor
         missing = find_missing(session, release.blobs, bar)
         damaged = f", {missing.corrupt} damaged there" if missing.corrupt else ""
         resumed = missing.resumed_bytes
-        begun = f", {format_bytes(resumed)} of them have arrived before" if resumed else ""
+        begun = f", {format_bytes(resumed)} have arrived before" if resumed else ""
         step.measured = (
             f"{len(missing.parts)} of {len(release.blobs)} files to send, "
             f"{format_bytes(missing.size_bytes)}{begun}{damaged}"

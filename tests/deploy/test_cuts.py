@@ -7,6 +7,7 @@ connection is cut after every step and in the middle of the transfer; the server
 import contextlib
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.cli.commands import start
 from tests.deploy.proxy import Proxy
 from tests.deploy.sealed import seal_noise
 from tests.deploy.sshd import OpenSSH
@@ -205,3 +207,32 @@ def test_network_that_falls_silent(
             push = Push(carrier=carrier)
             deploy(artifacts["onnx"], behind, console, push)
     assert deploy(artifacts["onnx"], device, console).ok
+
+
+@pytest.mark.parametrize("carrier", ["paramiko", "openssh"])
+def test_interrupt_while_sending(
+    openssh: OpenSSH, tmp_path: Path, console: Console, carrier: Carrier
+) -> None:
+    """Ctrl-C: exit code 130, the lock is free at once, and what has arrived is not sent again."""
+    artifact = seal_noise(tmp_path / "noise", size_bytes=20_000_000)
+    device = openssh.device(tmp_path / "root", host_key=openssh.fingerprint())
+    fields = msgspec.to_builtins(device)
+    del fields["name"]
+    devices = tmp_path / "devices.yaml"
+    devices.write_text(json.dumps({"board": fields}))  # JSON is YAML
+    process = start(
+        "deploy", str(artifact), "board", "--devices", str(devices), "--carrier", carrier,
+        "--limit-rate", "5MB", "--json",
+    )  # fmt: skip
+    assert process.stdout
+    for line in process.stdout:
+        if json.loads(line).get("done_bytes", 0) > 5_000_000:
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    with pytest.raises(RunnerError, match="cannot load"):
+        report = Report("deploy")
+        deploy(artifact, device, console, report=report)
+    steps = {step.name: step.measured for step in report.steps}
+    assert "have arrived before" in steps["compare"]
