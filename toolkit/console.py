@@ -106,6 +106,7 @@ class Console:
             rich.progress.TransferSpeedColumn(),
             rich.progress.TimeRemainingColumn(),
             console=self._err,
+            transient=True,  # the report says what came of it
         )
         with bar:
             yield _Row(bar, label, total_bytes)

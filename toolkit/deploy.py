@@ -76,7 +76,7 @@ def deploy(
         step.measured = f"{len(release.manifest.files)} files, {format_bytes(size_bytes)}"
     with _connect(device, push.carrier, size_bytes, report) as session:
         facts = _preflight(session, release.manifest, report)
-        with report.step("runtime", limit=_describe_runtime(release.manifest)) as step:
+        with report.step("runtime") as step:
             runtime = choose_runtime(session, facts, release.manifest, console)
             step.measured = runtime.text
         release = _add_runtime(release, runtime)
@@ -132,10 +132,6 @@ def name_release(name: str, manifest_sha256: str, runner_sha256: str, runtime: s
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "artifact"
     around = hashlib.sha256(f"{runner_sha256} {runtime}".encode()).hexdigest()
     return f"{safe}-{manifest_sha256[:12]}-{around[:6]}"
-
-
-def _describe_runtime(manifest: Manifest) -> str:
-    return f"{manifest.runtime.package} {manifest.runtime.version}"
 
 
 def _add_runtime(release: Release, runtime: Choice) -> Release:
