@@ -1,11 +1,17 @@
 """Reading and writing at an offset, the same on every system.
 
 POSIX has pread and pwrite; where they are missing (Windows) a seek and a read do the same, which is
-safe because every worker opens its files itself and uses them from one thread.
+safe because every worker opens its files itself and uses them from one thread. Linux can also show
+a file's bytes where they are, without a copy.
 """
 
+import ctypes
 import errno
+import mmap
 import os
+import sys
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,12 @@ from toolkit.errors import BuildError
 
 BINARY = getattr(os, "O_BINARY", 0)
 HAS_POSITIONAL = hasattr(os, "preadv") and hasattr(os, "pwrite")
+
+# Parameters of madvise (sys/mman.h); older Linux than 5.14 refuses the second.
+DONT_NEED, POPULATE_READ = 4, 22
+AROUND_BYTES = 1 << 21  # With a page, others up to such a boundary may be mapped.
+
+Bytes = NDArray[np.uint8]
 
 
 def as_bytes(array: NDArray[Any]) -> memoryview:
@@ -47,6 +59,56 @@ def read_at(descriptor: int, view: memoryview, offset: int) -> None:
         if count == 0:
             raise EOFError(f"file ends {len(view) - done} bytes too early")
         done += count
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """A file's bytes where they lie in the system's cache, without a copy."""
+
+    content: Bytes
+
+    def load(self, offset: int, size: int) -> Bytes | None:
+        """View a part, which is read now; None when it cannot be: `read_at` says why.
+
+        Otherwise an error of the disk, or the end of a file that was cut short, would end the
+        process at the first touch.
+        """
+        if offset + size > self.content.size or not self._advise(offset, size, POPULATE_READ):
+            return None
+        return self.content[offset : offset + size]
+
+    def unload(self, offset: int, size: int) -> None:
+        """Let go of a part that was loaded; it stays in the system's cache."""
+        before = offset % AROUND_BYTES
+        self._advise(offset - before, size + before, DONT_NEED)
+
+    def _advise(self, offset: int, size: int, advice: int) -> bool:
+        """Whether madvise took the pages of a part."""
+        before = offset % mmap.PAGESIZE
+        address = self.content.ctypes.data + offset - before
+        return bool(_load_madvise()(address, size + before, advice) == 0)
+
+
+@cache
+def _load_madvise() -> Any:
+    """The system's, which lets other threads run meanwhile; Python's does not."""
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise
+
+
+def map_file(path: Path) -> MappedFile | None:
+    """Map a file without reading it; None where that does not go."""
+    if sys.platform != "linux":
+        return None
+    descriptor = open_to_read(path)
+    try:
+        content = mmap.mmap(descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+    except (OSError, ValueError):  # no addresses left, or an empty file
+        return None
+    finally:
+        os.close(descriptor)
+    return MappedFile(np.frombuffer(content, np.uint8))
 
 
 def write_at(descriptor: int, view: memoryview, offset: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -48,11 +48,21 @@ def stored(name: str, dtype: Dtype) -> NDArray[Any]:
     return raw.reshape(-1, SHAPES[name][-1])
 
 
-@settings(deadline=None)  # Machines that are busy are slow, not wrong.
+@pytest.fixture(params=["mapped", "buffer"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test both ways: where the file lies, and read into a buffer."""
+    if request.param == "buffer":
+        monkeypatch.setattr(fileio, "map_file", lambda _: None)
+
+
+# Machines that are busy are slow, not wrong. One way of reading holds for all examples.
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("_way")
 @given(data=st.data(), name=st.sampled_from(sorted(SHAPES)), dtype=st.sampled_from(DTYPES))
 def test_any_rows_equal_slicing_the_whole(
     checkpoints: dict[Dtype, Checkpoint], data: st.DataObject, name: str, dtype: Dtype
 ) -> None:
+    checkpoints[dtype].close()  # what was mapped
     whole = stored(name, dtype)
     start = data.draw(st.integers(0, len(whole)), "start")
     count = data.draw(st.none() | st.integers(0, len(whole) - start), "count")
@@ -113,23 +123,55 @@ def test_single_file_wins_over_a_stale_index(tmp_path: Path) -> None:
     assert Checkpoint.open(folder).tensors.keys() == WEIGHTS.keys()
 
 
-def test_memory_is_bounded(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("piece", [PIECE_WEIGHTS, 24 << 10])
+def test_memory_is_bounded(tmp_path: Path, piece: int) -> None:
     (tmp_path / "config.json").write_text("{}")
     weights = np.ones((1 << 14, 1 << 10), np.float32)  # 64 MB
     write_safetensors(tmp_path / "model.safetensors", {"w": weights}, "f32")
     del weights
     checkpoint = Checkpoint.open(tmp_path)
     tracemalloc.start()
+    mapped_bytes = []
+    total = 0.0
     try:
-        total = sum(float(raw[0, 0]) * len(raw) for _, raw in checkpoint.read_rows("w"))
+        for _, raw in checkpoint.read_rows("w", piece=piece):
+            total += float(raw[0, 0]) * len(raw)
+            mapped_bytes.append(measure_mapped())
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert total == 1 << 14
     # One buffer, and a little for the rest: far from the tensor's 64 MB.
-    assert peak_bytes < 4 * PIECE_WEIGHTS + (1 << 20)
+    assert peak_bytes < 4 * piece + (1 << 20)
+    # One piece, and the pages around it.
+    assert max(mapped_bytes) - mapped_bytes[0] < 4 * piece + 2 * fileio.AROUND_BYTES
 
 
+def measure_mapped() -> int:
+    """Resident bytes of mapped files; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text("ascii").splitlines() if status.is_file() else []
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile:"))
+
+
+def test_weights_at_odd_offsets(tmp_path: Path) -> None:
+    """safetensors files of other writers may have a header of any length."""
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, WEIGHTS, "bf16")
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    path.write_bytes(
+        (size + 1).to_bytes(8, "little") + content[8 : 8 + size] + b" " + content[8 + size :]
+    )
+    checkpoint = Checkpoint.open(tmp_path)
+    for _, raw in checkpoint.read_rows("matrix"):
+        assert raw.flags.aligned
+        np.testing.assert_array_equal(raw, stored("matrix", "bf16"))
+
+
+@pytest.mark.usefixtures("_way")
 def test_file_access_without_pread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_random_checkpoint(tmp_path / "shards", "mha", shards=2)
     with_pread = Checkpoint.open(folder).fingerprint()
@@ -141,9 +183,12 @@ def test_file_access_without_pread(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     np.testing.assert_array_equal(checkpoint.read(name), Checkpoint.open(folder).read(name))
 
 
-def test_file_that_shrinks_after_opening(tmp_path: Path) -> None:
+@pytest.mark.parametrize("was_read", [False, True])
+def test_file_that_shrinks_after_opening(tmp_path: Path, was_read: bool) -> None:
     folder = write_random_checkpoint(tmp_path / "shrinks", "mha")
     checkpoint = Checkpoint.open(folder)
+    if was_read:  # and is mapped
+        checkpoint.read("lm_head.weight")
     with (folder / "model.safetensors").open("r+b") as stream:
         stream.truncate(100_000)
     with pytest.raises(CheckpointError, match=r"lm_head.weight: .* too early"):

@@ -54,6 +54,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     revision: str = LOCAL_REVISION
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
+    _maps: dict[str, fileio.MappedFile | None] = field(default_factory=dict, repr=False)
     _buffers: dict[np.dtype[Any], NDArray[Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -71,6 +72,7 @@ class Checkpoint:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        self._maps.clear()
 
     @cached_property
     def generation(self) -> dict[str, Any]:
@@ -151,8 +153,9 @@ class Checkpoint:
         """Yield (first row, raw [rows, columns]) in pieces of about `piece` weights.
 
         bf16 comes as uint16 bits, float16 and float32 as themselves; vectors count as one row.
-        The array is a buffer that the next step overwrites, of whichever tensor: one iterator at
-        a time. CheckpointError when the file ends early; IndexError for rows that are not there.
+        The array is a view of the file or a buffer, which the next step takes away, of whichever
+        tensor: one iterator at a time, and no writing. CheckpointError when the file ends early;
+        IndexError for rows that are not there.
         """
         info = self.tensors[name]
         columns = info.shape[-1]
@@ -164,8 +167,13 @@ class Checkpoint:
         step = max(1, piece // columns)
         for row in range(start, stop, step):
             rows = min(step, stop - row)
-            raw = self._buffer(dtype, max(step * columns, piece))[: rows * columns]
-            offset = info.offset + row * columns * dtype.itemsize
+            offset, size = info.offset + row * columns * dtype.itemsize, rows * columns
+            mapped = self._map(info)
+            if mapped and (part := mapped.load(offset, size * dtype.itemsize)) is not None:
+                yield row, part.view(dtype).reshape(rows, columns)
+                mapped.unload(offset, size * dtype.itemsize)
+                continue
+            raw = self._buffer(dtype, max(step * columns, piece))[:size]
             self._read_at(info, fileio.as_bytes(raw), offset)
             yield row, raw.reshape(rows, columns)
 
@@ -177,6 +185,12 @@ class Checkpoint:
         for row, raw in self.read_rows(name):
             rows[row : row + len(raw)] = to_float32(raw)
         return out
+
+    def _map(self, info: TensorInfo) -> fileio.MappedFile | None:
+        """The file of a tensor; None where it is to be read into a buffer."""
+        if info.file not in self._maps:
+            self._maps[info.file] = fileio.map_file(self.folder / info.file)
+        return None if info.offset % info.item_bytes else self._maps[info.file]
 
     def _read_at(self, info: TensorInfo, view: memoryview, offset: int) -> None:
         try:

@@ -1,9 +1,10 @@
 /* The two loops that see every weight, the range of each group and its codes, and the rounding of
    what is stored with them.
 
-   What is per group (scales, zero points) is computed between them in Python, so this file knows no
-   format. kernels.py calls it through ctypes, and has the same functions in NumPy for machines
-   without a compiler; tests hold both equal bit for bit.
+   What is per group (scales, zero points) is computed between them in Python, but for MLX and for
+   NNCF's symmetric groups, for which phiship_quantize does everything. kernels.py calls this file
+   through ctypes, and has the two loops in NumPy for machines without a compiler, as mlx.py and
+   nncf.py have their grids; tests hold both equal bit for bit.
 
    Build with -ffp-contract=off: a fused multiply-add would round once where the formats round twice.
    Plain C99, no Python headers. Little-endian, as the files are. */
@@ -32,8 +33,14 @@
 enum { BF16, F16, F32 };
 enum { MULTIPLY_ADD_TRUNCATE, SUBTRACT_DIVIDE_ROUND, DIVIDE_ADD_ROUND, BY_RECIPROCAL };
 enum { STREAM, HALVES, SIGNED };
+enum { MLX, NNCF };
+enum { DONE, NOT_FINITE, TOO_LARGE };
 
 #define CHUNK 512 /* weights at a time; they and their codes stay in the first-level cache */
+#define BLOCK 8192 /* weights from range to codes; they stay in the first two levels */
+#define AHEAD 4096 /* bytes; a page: within one, processors look ahead themselves */
+#define MLX_LEAST_STEP 1e-7f
+#define NNCF_LEAST_STEP 0x1p-23f
 
 /* Calls with a count the compiler knows: the loop of a whole group then has neither start nor rest. */
 #define WITH_KNOWN_COUNT(count, call) \
@@ -87,12 +94,26 @@ static inline uint16_t float_to_half(float value) {
     return (uint16_t)(half | (bits >> 16 & 0x8000));
 }
 
-/* out[i] = the nearest float16 or bf16, ties to even; NaN is not kept. */
-EACH_CPU void phiship_narrow(const float *values, size_t count, int dtype, uint16_t *out) {
+/* out[i] = the nearest of its type, ties to even; NaN is not kept. */
+EACH_CPU void phiship_narrow(const float *values, size_t count, int dtype, void *out) {
+    uint16_t *narrow = out;
     if (dtype == BF16)
-        for (size_t i = 0; i < count; i++) out[i] = float_to_bf16(values[i]);
+        for (size_t i = 0; i < count; i++) narrow[i] = float_to_bf16(values[i]);
+    else if (dtype == F16)
+        for (size_t i = 0; i < count; i++) narrow[i] = float_to_half(values[i]);
     else
-        for (size_t i = 0; i < count; i++) out[i] = float_to_half(values[i]);
+        memcpy(out, values, count * sizeof(float));
+}
+
+INLINE size_t item_bytes(int dtype) { return dtype == F32 ? 4 : 2; }
+
+/* Asks for what will be read a little later than `size` bytes from here. */
+INLINE void prefetch(const char *here, size_t size) {
+#ifdef __GNUC__
+    for (size_t i = 0; i < size; i += 64) __builtin_prefetch(here + AHEAD + i);
+#else
+    (void)here, (void)size;
+#endif
 }
 
 INLINE size_t least_of(size_t one, size_t other) { return one < other ? one : other; }
@@ -133,10 +154,12 @@ INLINE void widen(const void *raw, int dtype, int through_half, size_t first, si
 EACH_CPU int phiship_ranges(const void *raw, int dtype, size_t groups, size_t size, float *low,
                             float *high) {
     int32_t ends[2][CHUNK]; /* in the weights' type */
+    size_t item = item_bytes(dtype);
     uint32_t is_infinite = 0;
     for (size_t start = 0; start < groups; start += CHUNK, low += CHUNK, high += CHUNK) {
         size_t present = least_of(CHUNK, groups - start);
-        for (size_t i = 0; i < present; i++)
+        for (size_t i = 0; i < present; i++) {
+            prefetch((const char *)raw + (start + i) * size * item, size * item);
             if (dtype == F32) {
                 const int32_t *group = (const int32_t *)raw + (start + i) * size;
                 WITH_KNOWN_COUNT(size, find_range_32(group, n, ends[0] + i, ends[1] + i))
@@ -145,6 +168,7 @@ EACH_CPU int phiship_ranges(const void *raw, int dtype, size_t groups, size_t si
                 int16_t *least = (int16_t *)ends[0] + i, *most = (int16_t *)ends[1] + i;
                 WITH_KNOWN_COUNT(size, find_range_16(group, n, least, most))
             }
+        }
         widen(ends[0], dtype, 0, 0, present, low);
         widen(ends[1], dtype, 0, 0, present, high);
         for (size_t i = 0; i < present; i++) {
@@ -276,20 +300,60 @@ EACH_CPU void phiship_encode(const void *raw, int dtype, int through_half, size_
         }
 }
 
-/* The grid of MLX: see find_grid in mlx.py. Returns whether all steps are finite. */
-EACH_CPU int phiship_mlx_grid(const float *low, const float *high, size_t groups, float top,
-                              float least_step, float *steps, float *origins) {
+/* Steps and origins of groups from their ranges, as in mlx.py and nncf.py; returns whether the steps
+   can be stored. */
+INLINE int find_mlx_grid(const float *low, const float *high, size_t groups, int bits, float *steps,
+                         float *origins) {
     uint32_t is_infinite = 0;
+    float top = (float)((1 << bits) - 1);
     for (size_t g = 0; g < groups; g++) {
         float step = (high[g] - low[g]) / top;
         is_infinite |= !isfinite(step);
         int is_low = fabsf(low[g]) > fabsf(high[g]);
         float edge = is_low ? low[g] : high[g];
-        step = step > least_step ? step : least_step;
+        step = step > MLX_LEAST_STEP ? step : MLX_LEAST_STEP;
         step = is_low ? step : -step;
         float count = rintf(edge / step);
         steps[g] = count != 0 ? edge / count : step;
         origins[g] = count != 0 ? edge : 0;
     }
     return !is_infinite;
+}
+
+INLINE int find_nncf_grid(const float *low, const float *high, size_t groups, int bits,
+                          float *steps, float *origins) {
+    uint32_t is_beyond_half = 0;
+    float middle = (float)(1 << (bits - 1));
+    for (size_t g = 0; g < groups; g++) {
+        float extreme = -low[g] >= high[g] ? low[g] : high[g];
+        float step = extreme / -middle;
+        steps[g] = fabsf(step) < NNCF_LEAST_STEP ? NNCF_LEAST_STEP : step;
+        origins[g] = steps[g] * -middle;
+        is_beyond_half |= fabsf(step) >= 65520;
+    }
+    return !is_beyond_half;
+}
+
+/* Ranges, grid and codes, block by block, so that the weights come from memory once. Steps and,
+   where `second` is not NULL, origins are stored as `stored`. */
+EACH_CPU int phiship_quantize(const void *raw, int dtype, size_t groups, size_t size, int bits,
+                              int grid, int layout, int stored, char *first, char *second,
+                              uint8_t *packed) {
+    float low[CHUNK], high[CHUNK], steps[CHUNK], origins[CHUNK];
+    size_t most = BLOCK / size < 1 ? 1 : least_of(BLOCK / size, CHUNK);
+    const char *block = raw;
+    for (size_t start = 0, count; start < groups; start += count) {
+        count = least_of(most, groups - start);
+        if (!phiship_ranges(block, dtype, count, size, low, high)) return NOT_FINITE;
+        if (!(grid == MLX ? find_mlx_grid(low, high, count, bits, steps, origins)
+                          : find_nncf_grid(low, high, count, bits, steps, origins)))
+            return TOO_LARGE;
+        phiship_narrow(steps, count, stored, first + start * item_bytes(stored));
+        if (second) phiship_narrow(origins, count, stored, second + start * item_bytes(stored));
+        phiship_encode(block, dtype, 0, count, size, bits, SUBTRACT_DIVIDE_ROUND, layout, origins,
+                       steps, packed);
+        block += count * size * item_bytes(dtype);
+        packed += count * size * (size_t)bits / 8;
+    }
+    return DONE;
 }

@@ -2,7 +2,8 @@
 
 Compiled from kernels.c when the package is built; where no compiler was found, NumPy does the same
 more slowly (`python -m bench.quantizer`). What is per group, scales and zero points, the module of
-the vendor whose numbers are matched computes between the two: `mlas`, `nncf`, `mlx`.
+the vendor whose numbers are matched computes between the two: `mlas`, `nncf`, `mlx`. For two of
+their grids the compiled kernel does all three in one call, `quantize_groups`.
 """
 
 import ctypes
@@ -16,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
+NOT_FINITE = "a weight is not finite (NaN, Inf or beyond the format's range)"
+IS_DONE, IS_NOT_FINITE = 0, 1  # what phiship_quantize returns
 STEP_WEIGHTS = 1 << 17  # NumPy's work stays in a core's L2 cache
 DTYPES = {np.dtype("<u2"): 0, np.dtype("<f2"): 1, np.dtype("<f4"): 2}  # u2: the bits of bfloat16
 
@@ -29,6 +32,13 @@ class Rule(IntEnum):
     MULTIPLY_ADD_TRUNCATE = 0  # trunc(weight * first + second)
     SUBTRACT_DIVIDE_ROUND = 1  # rint((weight - first) / second)
     DIVIDE_ADD_ROUND = 2  # rint(weight / first + second)
+
+
+class Grid(IntEnum):
+    """Step and origin of a group, from its range; codes are rint((weight - origin) / step)."""
+
+    MLX = 0  # mlx.py
+    NNCF = 1  # nncf.py, symmetric
 
 
 class Layout(IntEnum):
@@ -64,7 +74,7 @@ def find_ranges(
         low, high = _round_to_half(low), _round_to_half(high)  # which keeps their order
         is_finite = is_finite and _are_finite(low, high)
     if not is_finite:
-        raise ValueError("a weight is not finite (NaN, Inf or beyond the format's range)")
+        raise ValueError(NOT_FINITE)
     return low, high
 
 
@@ -97,6 +107,32 @@ def encode(
         start = part.start * size * bits // 8
         packed = pack(whole.astype(np.uint8), bits, layout)
         codes[start : start + packed.size] = packed
+
+
+def quantize_groups(
+    raw: NDArray[Any],
+    size: int,
+    codes: Codes,
+    bits: int,
+    grid: Grid,
+    layout: Layout,
+    steps: NDArray[Any],
+    origins: NDArray[Any] | None,
+) -> bool:
+    """Ranges, grid and codes in one call, compiled only: the weights come from memory once.
+
+    raw, codes: as in encode. steps and origins (None: not stored) [groups], of one type of those of
+    `raw`. False when a step is too large to be stored, ValueError when a weight is not finite.
+    """
+    library = load_library()
+    assert library, "not compiled"
+    settings = (raw.size // size, size, bits, grid, layout, DTYPES[steps.dtype])
+    second = None if origins is None else origins.ctypes.data
+    pointers = (steps.ctypes.data, second, codes.ctypes.data)
+    found = library.phiship_quantize(raw.ctypes.data, DTYPES[raw.dtype], *settings, *pointers)
+    if found == IS_NOT_FINITE:
+        raise ValueError(NOT_FINITE)
+    return bool(found == IS_DONE)
 
 
 def pack(codes: Codes, bits: int, layout: Layout = Layout.STREAM) -> Codes:
@@ -150,9 +186,9 @@ def load_library() -> ctypes.CDLL | None:
     source: list[Any] = [pointer, number, number, count, count]
     library.phiship_encode.argtypes = [*source, number, number, number, *[pointer] * 3]
     library.phiship_encode.restype = None
-    fraction = ctypes.c_float
-    library.phiship_mlx_grid.argtypes = [*[pointer] * 2, count, *[fraction] * 2, *[pointer] * 2]
-    library.phiship_mlx_grid.restype = ctypes.c_bool
+    settings: list[Any] = [count, count, *[number] * 4]
+    library.phiship_quantize.argtypes = [pointer, number, *settings, *[pointer] * 3]
+    library.phiship_quantize.restype = number
     library.phiship_narrow.argtypes = [pointer, count, number, pointer]
     library.phiship_narrow.restype = None
     return library

@@ -12,7 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.quantize import kernels
-from toolkit.quantize.kernels import Codes, Floats, Rule, encode, find_ranges, narrow
+from toolkit.quantize.kernels import (
+    Codes,
+    Floats,
+    Grid,
+    Layout,
+    Rule,
+    encode,
+    find_ranges,
+    narrow,
+    quantize_groups,
+)
 
 LEAST_STEP = np.float32(1e-7)
 
@@ -31,37 +41,41 @@ def quantize(
     type, bf16 as its bits. Codes belong to the scales before these are rounded to that type.
     ValueError when a weight is not finite, or a group's range is not.
     """
+    if kernels.load_library():
+        grid, layout = Grid.MLX, Layout.STREAM
+        fits = quantize_groups(raw, group_size, codes, bits, grid, layout, scales, biases)
+    else:
+        fits = _quantize(raw, bits, group_size, codes, scales, biases)
+    if not fits:
+        raise ValueError("a group's weights lie too far apart for a float32 scale")
+
+
+def _quantize(
+    raw: NDArray[Any],
+    bits: int,
+    group_size: int,
+    codes: Codes,
+    scales: NDArray[Any],
+    biases: NDArray[Any],
+) -> bool:
+    """The same where there is no compiled kernel; False when a step is not finite."""
     low, high = find_ranges(raw, group_size)
-    steps, origins = find_grid(low, high, (1 << bits) - 1)
+    steps, origins = _find_grid(low, high, (1 << bits) - 1)
     narrow(steps, scales)
     narrow(origins, biases)
-    encode(raw, group_size, codes, bits, Rule.SUBTRACT_DIVIDE_ROUND, origins, steps)
+    if fits := bool(np.isfinite(steps).all()):
+        encode(raw, group_size, codes, bits, Rule.SUBTRACT_DIVIDE_ROUND, origins, steps)
+    return fits
 
 
-def find_grid(low: Floats, high: Floats, top: int) -> tuple[Floats, Floats]:
+def _find_grid(low: Floats, high: Floats, top: int) -> tuple[Floats, Floats]:
     """Step and origin of each group, float32, from its least and greatest weight."""
-    steps, origins = np.empty((2, *low.shape), np.float32)
-    if library := kernels.load_library():
-        ends = (low.ctypes.data, high.ctypes.data, low.size)
-        grid = (steps.ctypes.data, origins.ctypes.data)
-        is_finite = library.phiship_mlx_grid(*ends, top, LEAST_STEP, *grid)
-    else:
-        is_finite = _fill_grid(low, high, top, steps, origins)
-    if not is_finite:
-        raise ValueError("a group's weights lie too far apart for a float32 scale")
-    return steps, origins
-
-
-def _fill_grid(low: Floats, high: Floats, top: int, steps: Floats, origins: Floats) -> bool:
-    """The same where there is no compiled kernel; False when a step is not finite."""
     is_low = np.abs(low) > np.abs(high)
     edges = np.where(is_low, low, high)
     with np.errstate(over="ignore", invalid="ignore"):
-        np.maximum((high - low) / np.float32(top), LEAST_STEP, out=steps)
-        is_finite = bool(np.isfinite(steps).all())
-        np.negative(steps, out=steps, where=~is_low)
+        widths = np.maximum((high - low) / np.float32(top), LEAST_STEP)
+        steps = np.where(is_low, widths, -widths)
         counts = np.rint(edges / steps)
-    has_edge = counts != 0
+    has_edge = (counts != 0) & np.isfinite(widths)
     np.divide(edges, counts, out=steps, where=has_edge)
-    origins[:] = np.where(has_edge, edges, np.float32(0))
-    return is_finite
+    return steps, np.where(has_edge, edges, np.float32(0))

@@ -15,10 +15,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.quantize import kernels
 from toolkit.quantize.extremes import scale_extremes
-from toolkit.quantize.kernels import Codes, Floats, Layout, Rule, encode, find_ranges, narrow
+from toolkit.quantize.kernels import (
+    Codes,
+    Floats,
+    Grid,
+    Layout,
+    Rule,
+    encode,
+    find_ranges,
+    narrow,
+    quantize_groups,
+)
 
 BEYOND_HALF = 65520.0  # from here on float16 is infinite
+TOO_LARGE = "a group's weights are too large for a float16 scale"
 LEAST_SCALE = np.finfo(np.float32).eps  # NNCF's, for groups of zeros
 
 
@@ -30,11 +42,15 @@ def quantize_symmetric(
     codes [len / 2] (two a byte, the first in the low half), scales [groups]. ValueError when a
     weight is not finite, or too large for a float16 scale.
     """
+    # Codes are rint((weight + 8 * scale) / scale), for weight / scale + 8, with one rounding less:
+    # the sum is exact for bf16 and float16 wherever it decides a code.
+    if kernels.load_library():
+        if not quantize_groups(raw, size, codes, 4, Grid.NNCF, Layout.SIGNED, scales, None):
+            raise ValueError(TOO_LARGE)
+        return
     low, high = find_ranges(raw, size)
     exact = _at_least(scale_extremes(low, high, 1 / 8))
     _store(exact, scales)
-    # weight / scale + 8 with one rounding less: the sum is exact for bf16 and float16 wherever it
-    # decides a code.
     rule, origins = Rule.SUBTRACT_DIVIDE_ROUND, exact * np.float32(-8)
     encode(raw, size, codes, 4, rule, origins, exact, layout=Layout.SIGNED)
 
@@ -63,5 +79,5 @@ def _at_least(scales: Floats) -> Floats:
 
 def _store(exact: Floats, scales: NDArray[np.float16]) -> None:
     if np.abs(exact).max(initial=0) >= BEYOND_HALF:
-        raise ValueError("a group's weights are too large for a float16 scale")
+        raise ValueError(TOO_LARGE)
     narrow(exact, scales)
