@@ -2,7 +2,7 @@
 
     python -m bench.push --size 2GB --repeat 3 --work FOLDER
 
-Sides, in turn: `scp`; phiship through paramiko; phiship through the system's ssh; and a push of the
+Sides, in turn: `scp`; ssh into cat; phiship through paramiko, and through the system's ssh; the
 same file again, when the device has it. phiship hashes on the device while it receives and flushes
 to the disk before it says that a file is there; scp does neither (`scp + sync` calls sync after).
 Rates are of the median run; bytes on the wire are those that a proxy in between has counted.
@@ -25,7 +25,7 @@ from tests.deploy.sshd import LOOPBACK, OpenSSH, start_sshd
 from toolkit.artifact import hash_file
 from toolkit.device import Device
 from toolkit.progress import Ignored
-from toolkit.ssh.carrier import Carrier
+from toolkit.ssh.carrier import Carrier, open_stream
 from toolkit.ssh.knownhosts import own_file
 from toolkit.ssh.session import open_session
 from toolkit.ssh.transfer import Blob, find_missing, send_parts
@@ -39,6 +39,15 @@ def push(device: Device, carrier: Carrier, blob: Blob) -> None:
     with open_session(device, carrier) as session:
         session.lock()
         send_parts(session, find_missing(session, [blob]).parts, Ignored())
+
+
+def pour(device: Device, source: Path, target: Path) -> None:
+    """What the system's ssh could do: `cat` on the other side, nothing hashed, nothing flushed."""
+    with open_stream(device, f"cat > {target}", "openssh") as stream:
+        with source.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                stream.send(piece)
+        stream.finish()
 
 
 def copy(server: OpenSSH, source: Path, target: Path, *, sync: bool) -> None:
@@ -102,6 +111,7 @@ def run_all(server: OpenSSH, source: Path, target: Path, options: argparse.Names
     sides: dict[str, Callable[[], None]] = {
         "scp": lambda: copy(server, source, target, sync=False),
         "scp + sync": lambda: copy(server, source, target, sync=True),
+        "the system's ssh into cat": lambda: pour(device, source, target),
         "phiship --carrier paramiko": lambda: push(device, "paramiko", blob),
         "phiship --carrier openssh": lambda: push(device, "openssh", blob),
     }
