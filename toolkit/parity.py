@@ -5,6 +5,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from toolkit.decoder import Decoder
 from toolkit.errors import ArtifactError
 from toolkit.families import read_decoder
 from toolkit.formats import Session
-from toolkit.quality import reference
+from toolkit.quality import reference, tokens
 from toolkit.quality.gate import probe_ids
 from toolkit.quality.measures import Comparison, compare_logits
 from toolkit.recipe import Recipe
@@ -58,12 +59,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Side:
-    """One engine's artifact: what it cost, its size, and its logits against the source's."""
+    """One engine's artifact: what it cost, its size, how it compares with the source.
+
+    `token_mismatches` counts probe texts, of `probes`, that its runtime encodes differently.
+    """
 
     engine: str
     cost: Cost
     size_bytes: int
     to_source: Comparison
+    token_mismatches: int
+    probes: int
 
 
 @dataclass(frozen=True)
@@ -176,15 +182,19 @@ def _compare_logits(
 ) -> tuple[tuple[Side, ...], Comparison]:  # fmt: skip
     manifests = {engine: artifact.read_manifest(folders[engine]) for engine in ENGINES}
     length = min(manifest.valid_context[1] for manifest in manifests.values())
-    ids = probe_ids(checkpoint, manifests["vendor"].chat, length)
+    chat, tokenizer = manifests["vendor"].chat, tokens.read_tokenizer(checkpoint)
+    ids, probes = probe_ids(checkpoint, chat, length), tokens.list_probes(tokenizer, chat)
     total_bytes = reference.bytes_to_read(checkpoint, decoder)
     with console.progress("the source's logits", total_bytes) as advance:
         source = reference.forward(checkpoint, decoder, ids, advance=advance)
-    logits = {}
+    logits, mismatches = {}, {}
     for engine in ENGINES:  # one at a time, for either may fill the memory
         session: Session = formats.get(recipe.format).open_session(folders[engine])
         try:
             logits[engine] = session.logits(ids)
+            mismatches[engine] = tokens.compare_ids(
+                partial(tokens.encode, tokenizer), session.encode, probes
+            )
         except RuntimeError as error:  # what native runtimes raise
             raise ArtifactError(f"{session.runtime}, {engine} artifact: {error}") from error
         finally:
@@ -192,7 +202,7 @@ def _compare_logits(
     sides = tuple(
         Side(
             engine, costs[engine], manifests[engine].size_bytes,
-            compare_logits(source, logits[engine], ids),
+            compare_logits(source, logits[engine], ids), len(mismatches[engine]), len(probes),
         )
         for engine in ENGINES
     )  # fmt: skip
@@ -213,7 +223,7 @@ def _show(title: str, parity: Parity, console: Console) -> None:
     console.table(f"parity {title}: dequantized tensors", headers, rows)
     console.table(
         "the artifacts",
-        ["engine", "size", "wall", "CPU", "memory", "KL to the source", "top-1"],
+        ["engine", "size", "wall", "CPU", "memory", "KL to the source", "top-1", "token ids"],
         [_row(side) for side in parity.sides],
     )
     between = parity.between
@@ -236,6 +246,7 @@ def _flatten(side: Side) -> dict[str, object]:
         "size_bytes": side.size_bytes,
         "kl_to_source": side.to_source.mean_kl,
         "top1": side.to_source.top1,
+        "token_mismatches": side.token_mismatches,
         **vars(side.cost),
     }
 
@@ -250,4 +261,5 @@ def _row(side: Side) -> list[str]:
         format_bytes(cost.peak_memory_bytes),
         f"{found.mean_kl:.4g}",
         f"{found.top1:.1%}",
+        f"{side.token_mismatches} of {side.probes} differ" if side.token_mismatches else "equal",
     ]
