@@ -34,7 +34,9 @@ def seal_noise(
     noise = random.Random(seed)
     (folder / "parts").mkdir(parents=True)
     (folder / "model.onnx").write_bytes(noise.randbytes(1000))
-    (folder / "parts" / "model.data").write_bytes(noise.randbytes(size_bytes))
+    with (folder / "parts" / "model.data").open("wb") as stream:
+        for start in range(0, size_bytes, 1 << 24):
+            stream.write(noise.randbytes(min(1 << 24, size_bytes - start)))
     (folder / "empty.txt").write_bytes(b"")
     runtime = Runtime(
         engine="onnxruntime_genai",

@@ -158,7 +158,7 @@ def history_command(device: str, devices: Path | None, as_json: bool) -> None:
 @devices_option
 @json_option
 def logs_command(device: str, devices: Path | None, as_json: bool) -> None:
-    """Show the end of what the runners on a device wrote to stderr."""
+    """Show the last words of the runners on a device."""
     from toolkit.listing import show_logs
 
     show_logs(device, devices, Console(as_json=as_json))

@@ -67,11 +67,12 @@ def ask_release(
     command = [*find_python(artifact), "-B", str(artifact / RUNNER), "generate", "--json"]
     command += ["--artifact", str(artifact), "--max-tokens", str(max_tokens)]
     done = run_child(command, prompt, timeout_s)
-    _log(layout, artifact.resolve().name, done["stderr"])
     try:
         answer = json.loads(done.pop("stdout").strip().rpartition("\n")[2])
     except ValueError:
         answer = None
+    error = (answer or {}).get("error", {}).get("message", "")
+    _log(layout, artifact.resolve().name, f"{done['stderr']}{error}")
     return {**done, "answer": answer}
 
 
@@ -128,7 +129,7 @@ def read_log(layout: Layout) -> str:
 
 
 def _log(layout: Layout, release: str, text: str) -> None:
-    """Keep what a runner said on stderr; the file before the last LOG_BYTES is kept too."""
+    """Keep a runner's last words; the file before the last LOG_BYTES is kept too."""
     if not text.strip():
         return
     path = layout.logs / "runner.log"
