@@ -187,6 +187,8 @@ def test_leftovers_of_a_power_cut_do_not_matter(layout: Layout) -> None:
     (layout.releases / ".one.tmp" / "a.txt").write_bytes(b"half")
     (layout.base / "current.new").symlink_to("releases/none")
     (layout.base / "state.json.new").write_text("{")
+    (layout.base / f".link-{os.getpid()}").symlink_to("nowhere")
+    assert open_layout(str(layout.base.parent)) == layout
     path = stage(layout, "one")
     switch_release(layout, "one")
     assert (path / "a.txt").read_bytes() == b"a"

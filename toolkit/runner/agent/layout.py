@@ -127,5 +127,6 @@ def read_boot_id() -> str:
 def _check_links(base: Path) -> None:
     """Fail where symbolic links cannot be made, such as /storage/emulated of Android."""
     probe = base / f".link-{os.getpid()}"
+    probe.unlink(missing_ok=True)  # of a process that had our number before a power cut
     probe.symlink_to("nowhere")
-    probe.unlink()
+    probe.unlink(missing_ok=True)

@@ -109,8 +109,8 @@ def recover(layout: Layout) -> dict[str, Any]:
     """
     for path in [*layout.releases.glob(".*.tmp"), *layout.runtimes.glob(".*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)  # a pip that was left alone may still write there
-    for path in layout.base.glob("*.new"):
-        path.unlink()
+    for path in [*layout.base.glob("*.new"), *layout.base.glob(".link-*")]:
+        path.unlink(missing_ok=True)
     state = layout.read_state()
     if state["pending"] and state["good"]:
         return {"returned": return_to_good(layout)}
