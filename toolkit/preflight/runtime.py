@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from toolkit.artifact import Manifest
 from toolkit.device import EngineFacts, Facts, read_version
 from toolkit.preflight.finding import Finding, join_version
+from toolkit.wheels import is_same_version
 
 OLDEST_PYTHON = (3, 9)
 PYTHON_ADVICE = (
@@ -70,7 +71,7 @@ def check_engine(facts: Facts, manifest: Manifest, *, installs: bool) -> Finding
     """The engine imports, or there are wheels of it; how its import ended, when it is there."""
     engine, runtime = facts.engine, manifest.runtime
     if engine is not None and engine.importable:
-        if engine.version.startswith(runtime.version) or not engine.version:
+        if is_same_version(engine.version, runtime.version) or not engine.version:
             return Finding("engine", "ok", f"{engine.package} {engine.version} can be imported")
         text = f"{engine.package} {engine.version} is there; it was checked with {runtime.version}"
         return Finding("engine", "warning", text)

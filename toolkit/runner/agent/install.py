@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from .blobs import hash_file
 from .child import import_engine, run_child
 from .durable import sync_folder, write_json
 from .layout import Layout
+from .releases import place_runtime
 
 RECORD = "runtime.json"
 WHEELS = "wheels"
@@ -46,7 +46,7 @@ def install_runtime(
     one is made again. Returns its path and python, whether it was created, and what the engine says
     of itself. Failure when it cannot be made, or its engine cannot be imported: nothing stays then.
     """
-    final, module = _find_place(layout, runtime), engines.find_engine(engine).MODULE
+    final, module = place_runtime(layout, runtime), engines.find_engine(engine).MODULE
     if _find_python(final).exists():
         imported = import_engine(module, str(_find_python(final)))
         if imported["importable"]:
@@ -221,13 +221,6 @@ def _runs(folder: Path, version: str) -> bool:
         return False
     done = run_child([str(_find_python(folder)), "-I", "-c", program], b"", PROBE_TIMEOUT_S)
     return bool(done["code"] == 0 and done["stdout"].strip() == version)
-
-
-def _find_place(layout: Layout, runtime: str) -> Path:
-    """Return a runtime's folder, which need not be there; Failure when the text is no name."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", runtime):
-        raise Failure("request", f"{runtime!r} is no name of a runtime")
-    return layout.runtimes / runtime
 
 
 def _describe(final: Path, imported: dict[str, Any], *, created: bool) -> dict[str, Any]:

@@ -204,21 +204,26 @@ def read_link(link: Path) -> str | None:
 
 def find_release(layout: Layout, release: str) -> Path:
     """Return a release's folder, which need not be there; Failure when the text is no name."""
-    return layout.releases / _check_name(release)
+    return layout.releases / _check_name(release, "release")
 
 
 def find_runtime(layout: Layout, runtime: str) -> Path:
     """Return a runtime's folder; Failure when it is not there."""
-    path = layout.runtimes / _check_name(runtime)
+    path = place_runtime(layout, runtime)
     if not path.is_dir():
         raise Failure("request", f"runtime {runtime} is not on the device")
     return path
 
 
-def _check_name(name: str) -> str:
+def place_runtime(layout: Layout, runtime: str) -> Path:
+    """Return a runtime's folder, which need not be there; Failure when the text is no name."""
+    return layout.runtimes / _check_name(runtime, "runtime")
+
+
+def _check_name(name: str, kind: str) -> str:
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_")
-    if not name or name[0] == "." or not set(name) <= allowed:
-        raise Failure("request", f"{name!r} is no name of a release")
+    if not name or name[0] in ".-" or not set(name) <= allowed:
+        raise Failure("request", f"{name!r} is no name of a {kind}")
     return name
 
 
