@@ -5,10 +5,13 @@
 Sides, in turn: `scp`; ssh into cat; phiship through paramiko, and through the system's ssh; the
 same file again, when the device has it. phiship hashes on the device while it receives and flushes
 to the disk before it says that a file is there; scp does neither (`scp + sync` calls sync after).
+With `--stand-in` the device hashes with sha1, which costs more than sha256 does on a processor that
+has instructions for it (bench/stand_in.py).
 Rates are of the median run; bytes on the wire are those that a proxy in between has counted.
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import statistics
@@ -68,6 +71,21 @@ def write_noise(path: Path, size_bytes: int) -> None:
             stream.write(os.urandom(min(PIECE_BYTES, size_bytes - start)))
 
 
+def write_stand_in(folder: Path, source: Path, sha256: str) -> Path:
+    """Return a Python for the device whose sha256 costs as much as sha1."""
+    folder.mkdir()
+    shutil.copy(Path(__file__).with_name("stand_in.py"), folder / "sitecustomize.py")
+    sha1 = hashlib.sha1(usedforsecurity=False)
+    with source.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            sha1.update(piece)
+    known = f"PYTHONPATH={folder} STAND_IN='{sha1.hexdigest()} {sha256}'"
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\n{known} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
 def measure(prepare: Callable[[], None], run: Callable[[], None]) -> float:
     """Seconds of one run, after the disk has come to rest."""
     prepare()
@@ -83,6 +101,7 @@ def main() -> None:
     parser.add_argument("--size", type=ByteSize.parse, default=ByteSize.parse("2GB"))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--work", type=Path, required=True, help="a folder for all files")
+    parser.add_argument("--stand-in", action="store_true", help="hash with sha1 on the device")
     options = parser.parse_args()
     options.work = options.work.absolute()
     options.work.mkdir(parents=True)
@@ -103,6 +122,9 @@ def run_all(server: OpenSSH, source: Path, target: Path, options: argparse.Names
     own_file().write_text(f"[{LOOPBACK}]:{server.port} {server.public_key()}\n")
     blob = Blob("source", source, hash_file(source), source.stat().st_size)
     device = server.device(options.work / "root")
+    if options.stand_in:
+        python = write_stand_in(options.work / "stand-in", source, blob.sha256)
+        device = msgspec.structs.replace(device, python=str(python))
 
     def clean() -> None:
         shutil.rmtree(options.work / "root", ignore_errors=True)
