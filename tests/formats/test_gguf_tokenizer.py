@@ -24,6 +24,7 @@ from toolkit.formats.gguf.vocabulary import Token, TokenType
 from toolkit.quality import chat as chats
 from toolkit.quality import tokens
 from toolkit.runner.engines import llama_cpp
+from toolkit.runner.settings import Settings
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -150,7 +151,7 @@ def test_llama_servers_chat_has_the_sources_ids(
     template = jinja2.Template(checkpoint.tokenizer_config["chat_template"])
     text = template.render(messages=CONVERSATION, add_generation_prompt=True, eos_token="")
     expected = tokens.encode(tokens.read_tokenizer(checkpoint), text)
-    model = llama_cpp.load(tmp_path / "out", "model.gguf", "cpu", 256)
+    model = llama_cpp.load(tmp_path / "out", "model.gguf", "cpu", Settings(256))
     try:
         with model._post("/apply-template", {"messages": CONVERSATION}) as response:
             prompt = json.load(response)["prompt"]

@@ -26,6 +26,7 @@ from toolkit.quality.measures import compare_logits
 from toolkit.quality.reference import forward
 from toolkit.runner.engines import mlx_lm as engine
 from toolkit.runner.failure import Failure
+from toolkit.runner.settings import Settings
 
 # Mean KL divergence from the float32 reference, nats a token, at most. Measured with the variants:
 # 0.0007 to 0.0014, 0.006 to 0.014, 0.024 to 0.047, 0.10 to 0.20; the largest are the tied head's.
@@ -175,7 +176,7 @@ def test_a_damaged_file_is_an_error_that_says_why(
     with pytest.raises(ArtifactError, match=r"mlx-lm does not load it: .*\w"):
         mlx.open_session(folder).logits([1])
     with pytest.raises(Failure, match="mlx-lm cannot load it") as caught:
-        engine.load(folder, path.name, "cpu", 256)
+        engine.load(folder, path.name, "cpu", Settings(256))
     assert caught.value.kind == "model"
 
 
@@ -229,7 +230,7 @@ def test_the_engine_answers_as_mlx_lm_does(example: Path, example_folder: Path) 
     checkpoint = Checkpoint.open(example)
     chat = chats.read_chat(checkpoint)
     text = chats.render(chat, [("user", "What is the capital of France?")])
-    model = engine.load(example_folder, "model.safetensors", "cpu", 256)
+    model = engine.load(example_folder, "model.safetensors", "cpu", Settings(256))
     ids = ([] if chat.bos_id is None else [chat.bos_id]) + model.encode(text)
     answer = list(model.generate(ids, 24))
     loaded, tokenizer = mlx_lm.load(str(example_folder))[:2]
@@ -246,7 +247,7 @@ def test_the_engines_pieces_make_the_text(
 ) -> None:
     """Also characters of several tokens, and white space; whatever tokens the model makes."""
     tokenizer = Tokenizer.from_file(str(example / "tokenizer.json"))
-    model = engine.load(example_folder, "model.safetensors", "cpu", 256)
+    model = engine.load(example_folder, "model.safetensors", "cpu", Settings(256))
     for text in ("Grüße, 日本 \U0001f600\U0001f44d\U0001f3fd!", "a  b\n\n\tc", " x"):
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         steps = iter([(token, None) for token in ids])
@@ -268,5 +269,5 @@ def test_a_provider_that_is_not_there_is_no_fallback(
     if provider == "metal" and mx.metal.is_available():
         pytest.skip("Metal is available")
     with pytest.raises(Failure, match=words) as caught:
-        engine.load(example_folder, "model.safetensors", provider, 256)
+        engine.load(example_folder, "model.safetensors", provider, Settings(256))
     assert caught.value.kind == "provider"

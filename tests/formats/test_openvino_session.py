@@ -20,6 +20,7 @@ from toolkit.formats.openvino.session import EXACT, OpenvinoSession
 from toolkit.quality.reference import forward
 from toolkit.runner.engines import openvino_genai
 from toolkit.runner.failure import Failure
+from toolkit.runner.settings import Settings
 
 # float32 sums in another order: 1e-5 is what was measured.
 FLOAT_TOLERANCE = 1e-4
@@ -169,7 +170,7 @@ def test_runner_answers_as_the_session_does(example: Path, tmp_path: Path) -> No
     checkpoint = Checkpoint.open(example)
     write_artifact(make_recipe("int4", group_size=32), checkpoint, tmp_path)
     text = "<|user|>\nWhat is the capital of France?<|end|>\n<|assistant|>\n"
-    model = openvino_genai.load(tmp_path, "openvino_model.xml", "cpu", 256)
+    model = openvino_genai.load(tmp_path, "openvino_model.xml", "cpu", Settings(256))
     try:
         with opened(tmp_path) as session:
             prompt = session.encode(text)
@@ -192,7 +193,9 @@ def test_runner_crosses_the_longrope_switch_as_the_source_does(
     """From 65 tokens on, the source computes the whole sequence with the long factors."""
     checkpoint = artifacts.checkpoint(variant)
     decoder, ids = read_decoder(checkpoint.config), draw_ids(length)
-    model = openvino_genai.load(artifacts.find(variant, "f16"), "openvino_model.xml", "cpu", 256)
+    model = openvino_genai.load(
+        artifacts.find(variant, "f16"), "openvino_model.xml", "cpu", Settings(256)
+    )
     try:
         count = 68 - length
         found = [token for token, _ in model.generate(ids, count)]
@@ -226,7 +229,7 @@ def test_pipeline_is_made_for_what_it_runs() -> None:
 
 def test_runner_ends_a_generation_that_nobody_reads(artifacts: Artifacts) -> None:
     folder = artifacts.find("mha", "f16")
-    model = openvino_genai.load(folder, "openvino_model.xml", "cpu", 256)
+    model = openvino_genai.load(folder, "openvino_model.xml", "cpu", Settings(256))
     try:
         prompt = draw_ids(40)
         assert len(list(model.generate(prompt, 120))) == 120, "this prompt's answer is long"
@@ -247,7 +250,7 @@ def test_runner_prints_a_character_when_its_last_byte_has_come(
 ) -> None:
     """Byte tokens of one character: text comes once, and whole."""
     write_artifact(make_recipe("int4", group_size=32), Checkpoint.open(example), tmp_path)
-    model = openvino_genai.load(tmp_path, "openvino_model.xml", "cpu", 256)
+    model = openvino_genai.load(tmp_path, "openvino_model.xml", "cpu", Settings(256))
     try:
         tokens = model.encode("a\N{GRINNING FACE}b")
         assert len(tokens) > 3, "the example has no token for it, so it comes as bytes"
@@ -264,7 +267,9 @@ def test_runner_refuses_a_device_that_is_not_there(provider: str, artifacts: Art
     if any(device.startswith(provider.upper()) for device in devices):
         pytest.skip(f"this machine has a {provider}")
     with pytest.raises(Failure, match=f"provider '?{provider}'?") as caught:
-        openvino_genai.load(artifacts.find("mha", "int4"), "openvino_model.xml", provider, 64)
+        openvino_genai.load(
+            artifacts.find("mha", "int4"), "openvino_model.xml", provider, Settings(64)
+        )
     assert caught.value.kind == "provider"
 
 
@@ -272,7 +277,7 @@ def test_runner_names_a_missing_configuration(artifacts: Artifacts, tmp_path: Pa
     folder = Path(shutil.copytree(artifacts.find("mha", "int4"), tmp_path / "copy"))
     (folder / "config.json").unlink()
     with pytest.raises(Failure, match=r"cannot load it: .*config\.json"):
-        openvino_genai.load(folder, "openvino_model.xml", "cpu", 64)
+        openvino_genai.load(folder, "openvino_model.xml", "cpu", Settings(64))
 
 
 def test_runner_names_a_damaged_network(artifacts: Artifacts, tmp_path: Path) -> None:
@@ -280,7 +285,7 @@ def test_runner_names_a_damaged_network(artifacts: Artifacts, tmp_path: Path) ->
     path = folder / "openvino_model.xml"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(Failure, match="cannot load it") as caught:
-        openvino_genai.load(folder, path.name, "cpu", 64)
+        openvino_genai.load(folder, path.name, "cpu", Settings(64))
     assert caught.value.kind == "model"
 
 

@@ -26,6 +26,7 @@ from toolkit.quality import tokens
 from toolkit.quality.gate import FailedGateError, run_gate
 from toolkit.report import Report
 from toolkit.runner.engines import llama_cpp
+from toolkit.runner.settings import Settings
 
 FORMATS = ("onnx", "gguf", "openvino", "mlx")
 
@@ -143,7 +144,7 @@ def test_the_runner_gives_the_sources_ids_to_a_chat(example, tmp_path):
         add_generation_prompt=True,
     )
     expected = tokens.encode(tokens.read_tokenizer(checkpoint), text)
-    model = llama_cpp.load(folder, manifest.runtime.main_file, "cpu", 256)
+    model = llama_cpp.load(folder, manifest.runtime.main_file, "cpu", Settings(256))
     try:
         assert model.encode(chats.render(manifest.chat, messages)) == expected
     finally:

@@ -27,7 +27,9 @@ class Manifest:
     engine: str
     provider: str
     main_file: str
+    context_length: int
     valid_context: tuple[int, int]
+    device_memory_bytes: int
     chat: Chat
 
 
@@ -43,7 +45,9 @@ def read_manifest(folder: Path) -> Manifest:
             engine=runtime["engine"],
             provider=runtime["provider"],
             main_file=runtime["main_file"],
+            context_length=int(data["context_length"]),
             valid_context=(int(lowest), int(highest)),
+            device_memory_bytes=int(data["device_memory_bytes"]),
             chat=Chat(
                 turns={role: (before, after) for role, (before, after) in chat["turns"].items()},
                 generation=chat["generation"],

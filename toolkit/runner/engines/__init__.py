@@ -3,13 +3,14 @@
 A module offers:
     PACKAGE, MODULE             what to install, and the module that must be importable
     PROVIDERS                   the providers it can be asked for
-    load(artifact_folder, main_file, provider, context_tokens) -> Model
-                                context_tokens bounds prompt and answer together
+    OFFERED                     settings it takes: name -> allowed values, () for any
+    load(artifact_folder, main_file, provider, settings) -> Model
 A Model offers:
     version, provider           of the runtime in use
     encode(text) -> list[int]                     special tokens parsed, nothing added
-    generate(prompt_ids, new_tokens) -> iterator of (token id, text)      greedy
+    generate(prompt_ids, new_tokens, sampling) -> generator of (token id, text); closing it ends it
     close()
+One generation at a time; a Model may be used from any thread.
 """
 
 from __future__ import annotations
@@ -32,3 +33,8 @@ def find_engine(name: str) -> ModuleType:
     if name not in allowed:
         raise Failure("engine", f"engine {name!r} is unknown; allowed: {', '.join(allowed)}")
     return importlib.import_module(f".{name}", __package__)
+
+
+def import_package(engine: ModuleType) -> None:
+    """Import what an engine wraps; ImportError when it is missing or broken."""
+    importlib.import_module(engine.MODULE)

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..failure import Failure
+from ..settings import GREEDY, Sampling, Settings
 
 PACKAGE = "xllamacpp"
 MODULE = "xllamacpp"
 # What the name of a ggml device starts with when the provider is there; a CPU always is.
 PROVIDERS = {"cpu": "CPU", "cuda": "CUDA", "metal": "Metal", "vulkan": "Vulkan"}
+OFFERED: dict[str, tuple[int, ...]] = {}
 ALL_LAYERS = 9999
 REQUEST_TIMEOUT_S = 1800
 
@@ -48,7 +50,9 @@ class Model:
         with self._post("/tokenize", request) as response:
             return [int(token) for token in json.load(response)["tokens"]]
 
-    def generate(self, prompt_ids: Sequence[int], new_tokens: int) -> Iterator[tuple[int, str]]:
+    def generate(
+        self, prompt_ids: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY
+    ) -> Iterator[tuple[int, str]]:
         """Yield up to `new_tokens` (token id, text) pairs, greedily."""
         request = {
             "prompt": list(prompt_ids),
@@ -92,14 +96,14 @@ class Model:
         return response
 
 
-def load(folder: Path, main_file: str, provider: str, context_tokens: int) -> Model:
+def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Model:
     """Load a GGUF file for `context_tokens`; Failure when the provider is not active."""
     import xllamacpp as llama  # type: ignore[import-not-found,unused-ignore]
 
     _check_provider([device["name"] for device in llama.get_device_info()], provider)
     params = llama.CommonParams()
     params.model.path = str(folder / main_file)
-    params.n_ctx = context_tokens
+    params.n_ctx = settings.context_tokens
     params.n_parallel = 1
     params.n_gpu_layers = 0 if provider == "cpu" else ALL_LAYERS
     params.fit_params = False  # would shrink the context or the offload silently

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..failure import Failure
+from ..settings import GREEDY, Sampling, Settings
 
 PACKAGE = "mlx-lm"
 MODULE = "mlx_lm"
 # The MLX device of each provider.
 PROVIDERS = {"cpu": "cpu", "metal": "gpu"}
+OFFERED: dict[str, tuple[int, ...]] = {}
 
 
 class Model:
@@ -36,7 +38,9 @@ class Model:
         """Return token ids; the tokenizer parses special tokens and adds none."""
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)]
 
-    def generate(self, prompt_ids: Sequence[int], new_tokens: int) -> Iterator[tuple[int, str]]:
+    def generate(
+        self, prompt_ids: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY
+    ) -> Iterator[tuple[int, str]]:
         """Yield up to `new_tokens` (token id, text) pairs, greedily."""
         stops = self._tokenizer.eos_token_ids
         tokens: list[int] = []
@@ -61,9 +65,9 @@ class Model:
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
-def load(folder: Path, main_file: str, provider: str, context_tokens: int) -> Model:
+def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Model:
     """Load the folder of `main_file`; Failure when the provider is not there."""
-    del context_tokens  # this engine's cache grows with the text
+    del settings  # this engine's cache grows with the text
     import mlx.core as mlx  # type: ignore[import-not-found,unused-ignore]
 
     _check_provider(mlx, provider)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..failure import Failure
+from ..settings import GREEDY, Sampling, Settings
 
 PACKAGE = "onnxruntime-genai"
 MODULE = "onnxruntime_genai"
 # What Model.device_type says when the provider is the active one.
 PROVIDERS = {"cpu": "CPU", "cuda": "CUDA", "dml": "DML", "webgpu": "WebGPU"}
+OFFERED: dict[str, tuple[int, ...]] = {}
 
 
 class Model:
@@ -32,7 +34,9 @@ class Model:
         """Return token ids; the tokenizer parses special tokens and adds none."""
         return [int(token) for token in self._tokenizer.encode(text)]
 
-    def generate(self, prompt_ids: Sequence[int], new_tokens: int) -> Iterator[tuple[int, str]]:
+    def generate(
+        self, prompt_ids: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY
+    ) -> Iterator[tuple[int, str]]:
         """Yield up to `new_tokens` (token id, text) pairs, greedily."""
         params = self._genai.GeneratorParams(self._model)
         # max_length sizes the KV cache: the default is the whole context, gigabytes for nothing.
@@ -52,9 +56,9 @@ class Model:
         del self._tokenizer, self._model
 
 
-def load(folder: Path, main_file: str, provider: str, context_tokens: int) -> Model:
+def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Model:
     """Load the folder of `main_file`; Failure when the provider is not active."""
-    del context_tokens  # this engine sizes its cache for each request
+    del settings  # this engine sizes its cache for each request
     import onnxruntime_genai as genai  # type: ignore[import-not-found,unused-ignore]
 
     return Model(genai, (folder / main_file).parent, provider)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..failure import Failure
+from ..settings import GREEDY, Sampling, Settings
 
 PACKAGE = "openvino-genai"
 MODULE = "openvino_genai"
 # What OpenVINO calls the device.
 PROVIDERS = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
+OFFERED: dict[str, tuple[int, ...]] = {}
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how a piece of a character is decoded
 
 
@@ -41,7 +43,9 @@ class Model:
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         return [int(token) for token in encoded.input_ids.data[0]]
 
-    def generate(self, prompt_ids: Sequence[int], new_tokens: int) -> Iterator[tuple[int, str]]:
+    def generate(
+        self, prompt_ids: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY
+    ) -> Iterator[tuple[int, str]]:
         """Yield up to `new_tokens` (token id, text) pairs, greedily."""
         with closing(self._generate_ids(list(prompt_ids), new_tokens)) as tokens:
             yield from self.spell(tokens)
@@ -162,13 +166,13 @@ def _make_streamer(genai: Any, tokens: queue.Queue[Any], is_left: threading.Even
     return Streamer()
 
 
-def load(folder: Path, main_file: str, provider: str, context_tokens: int) -> Model:
+def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Model:
     """Load the folder of `main_file`; Failure when the provider's device is not there."""
     import openvino
     import openvino_genai as genai  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     _check_provider(openvino.Core().available_devices, provider)
-    return Model(genai, (folder / main_file).parent, provider, context_tokens)
+    return Model(genai, (folder / main_file).parent, provider, settings.context_tokens)
 
 
 def _check_provider(devices: Sequence[str], asked: str) -> None:

@@ -1,0 +1,97 @@
+"""From messages to token ids, and from token ids to text: the same for every engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+
+from .chat import render_chat
+from .failure import Failure
+from .loading import Loaded
+from .settings import GREEDY, Sampling
+from .stopping import StopTexts
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a loaded model; no stop text appears in the answer."""
+
+    prompt_ids: list[int]
+    max_tokens: int
+    sampling: Sampling = GREEDY
+    stops: tuple[str, ...] = ()
+
+
+@dataclass
+class Answer:
+    """What came of a question, growing while it is answered; `stop_reason` is stop or length."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    stop_reason: str = "length"
+    first_token_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate after the first token, whose time is the prompt's."""
+        count = len(self.token_ids) - 1
+        return count / self.decode_seconds if count > 0 and self.decode_seconds > 0 else 0.0
+
+
+def encode_chat(loaded: Loaded, messages: Sequence[tuple[str, str]]) -> list[int]:
+    """Return the token ids of (role, content) messages and of the generation prompt."""
+    return encode_text(loaded, render_chat(loaded.manifest.chat, messages))
+
+
+def encode_text(loaded: Loaded, text: str) -> list[int]:
+    """Return the token ids of a text, after the token that begins every text of this model."""
+    bos_id = loaded.manifest.chat.bos_id
+    return ([] if bos_id is None else [bos_id]) + list(loaded.model.encode(text))
+
+
+def check_length(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise Failure unless prompt and answer fit into the context this model was loaded with."""
+    highest = min(loaded.settings.context_tokens, loaded.manifest.valid_context[1])
+    if prompt_tokens + new_tokens > highest:
+        raise Failure(
+            "request",
+            f"the prompt has {prompt_tokens} tokens and the answer may have {new_tokens}; "
+            f"this artifact's context holds {highest}",
+            "shorten the prompt or ask for fewer tokens",
+        )
+
+
+def stream_answer(loaded: Loaded, question: Question, answer: Answer) -> Generator[str, None, None]:
+    """Yield the answer's text as it comes, and fill `answer`; closing ends the engine's work."""
+    stop_ids, stops = loaded.manifest.chat.stop_ids, StopTexts(question.stops)
+    started_s = first_s = time.monotonic()
+    stream = loaded.model.generate(question.prompt_ids, question.max_tokens, question.sampling)
+    try:
+        for token, piece in stream:
+            now_s = time.monotonic()
+            if not answer.token_ids:
+                first_s = now_s
+                answer.first_token_seconds = now_s - started_s
+            if token in stop_ids:
+                answer.stop_reason = "stop"
+                break
+            answer.token_ids.append(token)
+            answer.decode_seconds = now_s - first_s
+            text = stops.push(piece)
+            answer.text += text
+            if text:
+                yield text
+            if stops.is_found:
+                answer.stop_reason = "stop"
+                return
+        else:
+            if len(answer.token_ids) < question.max_tokens:  # the engine's own end
+                answer.stop_reason = "stop"
+    finally:
+        stream.close()
+    rest = stops.flush()
+    answer.text += rest
+    if rest:
+        yield rest
