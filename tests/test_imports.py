@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 GROUPS = (
     {"errors", "progress"},
     {"fileio", "yamlfile"},
-    {"artifact", "decoder", "device", "model", "report", "target"},
+    {"artifact", "decoder", "device", "endpoint", "model", "report", "target"},
     {"console", "recipe"},
     {"checkpoint", "staging"},
     {"families", "quantize", "runner", "stream", "vendor"},
@@ -26,9 +26,9 @@ GROUPS = (
     {"catalog", "quality", "ssh"},
     {"plan", "source", "wheels"},
     {"check", "export", "preflight", "smoke"},
-    {"remote", "runtime"},
+    {"place", "remote", "runtime"},
     {"build", "deploy"},
-    {"listing", "parity", "ship"},
+    {"listing", "ollama", "parity", "ship"},
     {"cli"},
     {"__main__"},
 )

@@ -1,5 +1,6 @@
 """Asking a release on a device, and judging its answer: before the switch, and after it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -8,7 +9,7 @@ from toolkit.artifact import Smoke
 from toolkit.console import format_bytes
 from toolkit.device import Health
 from toolkit.errors import RunnerError, SmokeError
-from toolkit.ssh.session import Session
+from toolkit.ssh.session import Session, TakeProgress
 
 ANSWER_TIMEOUT_S = 900
 SHOWN_CHARACTERS = 300
@@ -41,17 +42,36 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 def ask(session: Session, release: str, smoke: Smoke) -> Answer:
     """Run a release's own runner on the device; RunnerError says how it ended otherwise."""
-    done = session.call(
-        "ask",
-        release=release,
-        prompt=smoke.prompt,
-        max_tokens=smoke.max_tokens,
-        timeout_s=ANSWER_TIMEOUT_S,
-    )
-    answer = done["answer"]
-    if answer is None or "error" in answer or done["code"] != 0:
-        raise _explain_crash(session.device.name, done)
+    arguments = ["generate", "--json", "--max-tokens", str(smoke.max_tokens)]
+    answer = run_there(session, release, arguments, smoke.prompt, ANSWER_TIMEOUT_S)
     return msgspec.convert(answer, Answer)
+
+
+def run_there(
+    session: Session,
+    release: str,
+    arguments: Sequence[str],
+    stdin: str,
+    timeout_s: float,
+    take_progress: TakeProgress | None = None,
+) -> dict[str, Any]:
+    """Run a release's own runner on the device; returns the JSON of its last line.
+
+    `take_progress` gets what it says on the way. RunnerError says how it ended otherwise.
+    """
+    done = session.call(
+        "run", release=release, arguments=list(arguments), stdin=stdin, timeout_s=timeout_s,
+        take_progress=take_progress,
+    )  # fmt: skip
+    return read_answer(session.device.name, done)
+
+
+def read_answer(name: str, done: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer of a runner that has ended; RunnerError when it failed."""
+    answer: dict[str, Any] | None = done["answer"]
+    if answer is None or "error" in answer or done["code"] != 0:
+        raise _explain_crash(name, done)
+    return answer
 
 
 def check_answer(device: str, answer: Answer, smoke: Smoke) -> None:

@@ -45,7 +45,7 @@ def layout(tmp_path: Path) -> Layout:
 def add_blob(layout: Layout, content: bytes) -> str:
     sha256 = hashlib.sha256(content).hexdigest()
     blob = {"sha256": sha256, "size_bytes": len(content), "from_bytes": 0}
-    receive(Agent(layout, io.BytesIO(content)), [blob])
+    receive(Agent(layout, io.BytesIO(content), print), [blob])
     return sha256
 
 

@@ -15,12 +15,16 @@ from .stopping import StopTexts
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a loaded model; no stop text appears in the answer."""
+    """What is asked of a loaded model; no stop text appears in the answer.
+
+    An answer in a chat begins with its first word; a text that is continued keeps its white space.
+    """
 
     prompt_ids: list[int]
     max_tokens: int
     sampling: Sampling = GREEDY
     stops: tuple[str, ...] = ()
+    keeps_space: bool = False
 
 
 @dataclass
@@ -79,9 +83,8 @@ def stream_answer(loaded: Loaded, question: Question, answer: Answer) -> Generat
                 break
             answer.token_ids.append(token)
             answer.decode_seconds = now_s - first_s
-            text = stops.push(piece)
-            answer.text += text
-            if text:
+            if text := _begin(stops.push(piece), question, answer):
+                answer.text += text
                 yield text
             if stops.is_found:
                 answer.stop_reason = "stop"
@@ -91,7 +94,11 @@ def stream_answer(loaded: Loaded, question: Question, answer: Answer) -> Generat
                 answer.stop_reason = "stop"
     finally:
         stream.close()
-    rest = stops.flush()
-    answer.text += rest
-    if rest:
+    if rest := _begin(stops.flush(), question, answer):
+        answer.text += rest
         yield rest
+
+
+def _begin(text: str, question: Question, answer: Answer) -> str:
+    """Return a piece of text, without white space before the answer's first word."""
+    return text if answer.text or question.keeps_space else text.lstrip()

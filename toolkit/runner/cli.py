@@ -1,4 +1,4 @@
-"""The runner's command line: `generate` for answers, `agent` for the device side of a push."""
+"""Answer, chat, serve and measure one artifact; the device side of a push."""
 
 from __future__ import annotations
 
@@ -9,49 +9,121 @@ from pathlib import Path
 
 from .agent.layout import open_layout
 from .agent.releases import start_trial
-from .agent.serve import serve
+from .agent.serve import serve as serve_agent
+from .chatting import chat
+from .describing import describe
 from .failure import Failure
 from .generate import generate
+from .settings import Sampling, store_settings
+
+SETTINGS = {
+    "threads": "threads of the engine, instead of its own choice",
+    "kv_bits": "bits of a value in the KV cache",
+    "batch_tokens": "tokens of a prompt that go through the network at once",
+}
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; 0 when it succeeded, 1 on an expected failure, 2 on wrong usage."""
-    parser = argparse.ArgumentParser(prog="runner", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    ask = commands.add_parser("generate", help="answer one prompt")
-    ask.add_argument("--artifact", type=Path, required=True, help="folder with a manifest.json")
-    ask.add_argument("--prompt", help="without it, the prompt is read from standard input")
-    ask.add_argument("--max-tokens", type=int, default=256)
-    ask.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    agent = commands.add_parser("agent", help="the device side of a push")
-    agent.add_argument("agent", choices=["serve", "recover"])
-    agent.add_argument("--root", required=True, help="the device's folder")
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
     try:
-        return _agent(options) if options.command == "agent" else _generate(options)
+        code: int = options.run(options)
     except Failure as failure:
         _report(failure, as_json=options.command == "agent" or options.json)
         return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
 
 
-def _agent(options: argparse.Namespace) -> int:
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="runner", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (run, add_options, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(run=run)
+        if name != "agent":
+            command.add_argument(
+                "--artifact", type=Path, required=True, help="folder with a manifest.json"
+            )
+            command.add_argument("--json", action="store_true", help="print JSON, a line each")
+        add_options(command)
+    return parser.parse_args(arguments)
+
+
+def _add_agent(command: argparse.ArgumentParser) -> None:
+    command.add_argument("agent", choices=["serve", "recover"])
+    command.add_argument("--root", required=True, help="the device's folder")
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--prompt", help="without it, the prompt is read from standard input")
+    command.add_argument("--max-tokens", type=int, default=256)
+    _add_sampling(command)
+
+
+def _add_chat(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--system", default="", help="what the model is told before everything")
+    command.add_argument("--max-tokens", type=int, default=1024, help="of one answer")
+    _add_sampling(command)
+    _add_settings(command)
+
+
+def _add_serve(command: argparse.ArgumentParser) -> None:
+    from .serving.options import TOKEN_VARIABLE
+
+    command.add_argument("--host", default="127.0.0.1")
+    command.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    command.add_argument("--model", help="the name it answers to, instead of the artifact's")
+    command.add_argument(
+        "--token-file", type=Path, help=f"bearer token of the clients, instead of ${TOKEN_VARIABLE}"
+    )
+    command.add_argument("--queue", type=int, default=8, help="requests that may wait")
+    command.add_argument("--cors-origin", help="origin whose web pages may ask")
+    command.add_argument("--until-eof", action="store_true", help="end when standard input ends")
+    _add_settings(command)
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
+    )
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--seed", type=int)
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--context-tokens", type=int, help="prompt and answer together")
+    for name, about in SETTINGS.items():
+        command.add_argument("--" + name.replace("_", "-"), type=int, help=about)
+
+
+def _add_nothing(command: argparse.ArgumentParser) -> None:
+    del command
+
+
+def _given(options: argparse.Namespace) -> dict[str, int | None]:
+    return {name: getattr(options, name) for name in ("context_tokens", *SETTINGS)}
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    return Sampling(options.temperature, options.top_p, options.seed)
+
+
+def _run_agent(options: argparse.Namespace) -> int:
     """`serve` answers a push; `recover` is what a service runs before it starts a release."""
     if options.agent == "serve":
-        return serve(options.root)
+        return serve_agent(options.root)
     print(json.dumps(start_trial(open_layout(options.root))))
     return 0
 
 
-def _generate(options: argparse.Namespace) -> int:
+def _run_generate(options: argparse.Namespace) -> int:
     prompt = options.prompt
     if prompt is None:
         prompt = sys.stdin.buffer.read().decode("utf-8")
-    answer = generate(
-        options.artifact,
-        prompt,
-        options.max_tokens,
-        _ignore if options.json else _stream,
-    )
+    take_text = _ignore if options.json else _stream
+    answer = generate(options.artifact, prompt, options.max_tokens, take_text, _sampling(options))
     if options.json:
         print(json.dumps(answer))
     else:
@@ -64,6 +136,43 @@ def _generate(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _run_chat(options: argparse.Namespace) -> int:
+    given = _given(options)
+    return chat(options.artifact, _sampling(options), options.max_tokens, options.system, **given)
+
+
+def _run_serve(options: argparse.Namespace) -> int:
+    from .serving.command import serve_artifact
+
+    return serve_artifact(options.artifact, options, _given(options))
+
+
+def _run_info(options: argparse.Namespace) -> int:
+    found = describe(options.artifact)
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    for name, value in found.items():
+        print(f"{name:20} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+    return 0
+
+
+def _run_settings(options: argparse.Namespace) -> int:
+    """Keep what standard input says: {"settings": {...}, "measured": {...}}."""
+    print(json.dumps(store_settings(options.artifact, sys.stdin.read())))
+    return 0
+
+
+COMMANDS = {
+    "generate": (_run_generate, _add_generate, "answer one prompt"),
+    "chat": (_run_chat, _add_chat, "converse in the terminal"),
+    "serve": (_run_serve, _add_serve, "answer OpenAI's API over HTTP"),
+    "info": (_run_info, _add_nothing, "say what the artifact is, and whether it can run here"),
+    "settings": (_run_settings, _add_nothing, "keep the settings that standard input names"),
+    "agent": (_run_agent, _add_agent, "the device side of a push"),
+}
 
 
 def _ignore(piece: str) -> None:

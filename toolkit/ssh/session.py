@@ -8,7 +8,7 @@ import queue
 import shlex
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from toolkit.device import Device
@@ -27,6 +27,8 @@ from toolkit.ssh.login import fetch_host_key
 # A board that swaps may take long to start Python; the agent's beats come every 5 s afterwards.
 START_TIMEOUT_S = 120
 SILENCE_TIMEOUT_S = 60
+TakeProgress = Callable[[dict[str, Any]], None]
+
 LINE_LIMIT_BYTES = 8 << 20
 OLDEST_PYTHON = (3, 9)
 SHELL_NOT_FOUND = 127
@@ -106,11 +108,13 @@ class Session:
         payload: Iterable[bytes | memoryview] = (),
         *,
         advance: Advance = ignore,
+        take_progress: TakeProgress | None = None,
         **arguments: object,
     ) -> dict[str, Any]:
         """Call the agent; its failures come as the error class they belong to.
 
-        `payload` follows the request. `advance` is told of bytes that the agent works through.
+        `payload` follows the request. `advance` is told of bytes that the agent works through,
+        `take_progress` of what a release's runner says of its work.
         UnreachableError when the connection breaks or the device falls silent.
         """
         request = json.dumps({"call": name, **arguments}).encode() + b"\n"
@@ -121,7 +125,7 @@ class Session:
                 if not takes_more or (not self._messages.empty() and self._is_answered()):
                     break
                 takes_more = self._stream.send(piece)
-            answer = self._wait(name, advance)
+            answer = self._wait(name, advance, take_progress)
         if "error" in answer:
             error = answer["error"]
             kind = ERRORS.get(error["kind"], RunnerError)
@@ -167,7 +171,9 @@ class Session:
             if key in message:
                 return message
 
-    def _wait(self, name: str, advance: Advance) -> dict[str, Any]:
+    def _wait(
+        self, name: str, advance: Advance, take_progress: TakeProgress | None
+    ) -> dict[str, Any]:
         """Return the answer; beats only prolong the patience."""
         done_bytes = 0
         while True:
@@ -177,6 +183,8 @@ class Session:
             if "beat" in message:
                 advance(max(0, message["beat"] - done_bytes))
                 done_bytes = max(done_bytes, message["beat"])
+            elif "progress" in message and take_progress:
+                take_progress(message["progress"])
             elif "answer" in message or "error" in message:
                 return message
 

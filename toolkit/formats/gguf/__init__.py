@@ -12,8 +12,9 @@ from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
 from toolkit.formats.gguf import header, layout, reader
+from toolkit.formats.gguf.llamaedge import SCRIPT, write_script
 from toolkit.formats.gguf.mix import choose_types, find_fallbacks
-from toolkit.formats.gguf.ollama import write_modelfile
+from toolkit.formats.gguf.ollama import MODELFILE, describe_model, write_modelfile
 from toolkit.formats.gguf.recipe import GgufRecipe
 from toolkit.formats.gguf.session import GgufSession
 from toolkit.formats.gguf.vocabulary import read_vocabulary
@@ -80,7 +81,7 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
 
 
 def rest_bytes(tokenizer_bytes: int) -> int:
-    """The header with the tokenizer, and the Modelfile."""
+    """The header with the tokenizer, the Modelfile, and LlamaEdge's start script."""
     return HEADER_BYTES + tokenizer_bytes
 
 
@@ -92,11 +93,11 @@ def header_bytes(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> by
 def write_rest(
     folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, context_length: int
 ) -> None:
-    """Write a Modelfile for Ollama; llama.cpp itself needs the one file only."""
-    del recipe
+    """Write what Ollama and LlamaEdge take; llama.cpp itself needs the one file only."""
     tokens = read_vocabulary(checkpoint.folder, decoder.vocab)
-    text = write_modelfile(checkpoint, tokens, context_length)
-    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    model = describe_model(checkpoint, tokens, context_length)
+    write_text(folder / MODELFILE, write_modelfile(model))
+    write_text(folder / SCRIPT, write_script(recipe.name, context_length))
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -107,6 +108,11 @@ def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np
 def open_session(folder: Path) -> GgufSession:
     """Open the artifact in llama.cpp, on the CPU."""
     return GgufSession(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text with the line ends it has, on every system."""
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _valid_context(decoder: Decoder, context_length: int) -> tuple[tuple[int, int], list[str]]:

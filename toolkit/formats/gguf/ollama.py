@@ -1,24 +1,92 @@
-"""A Modelfile beside the GGUF file: `ollama create NAME -f Modelfile` takes it as it is."""
+"""What Ollama is told of a GGUF artifact: template, stops, context; as a Modelfile or as data.
 
-from collections.abc import Sequence
+The Modelfile beside the GGUF file is the one place where they stand: `ollama create NAME -f
+Modelfile` takes it as it is, and toolkit/ollama.py reads it back for Ollama's API.
+"""
 
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
+from toolkit.errors import ArtifactError
 from toolkit.formats.gguf.layout import DATA_FILE
 from toolkit.formats.gguf.stripping import strip_text, texts_to_strip
 from toolkit.formats.gguf.vocabulary import Token
 
+MODELFILE = "Modelfile"
 TURNS = "{{ range .Messages }}<|{{ .Role }}|>\n{{ .Content }}<|end|>\n{{ end }}<|assistant|>\n"
 ROLES = ("<|user|>", "<|assistant|>", "<|system|>")
+TEMPLATE = re.compile(r'^TEMPLATE """(.*?)"""$', re.MULTILINE | re.DOTALL)
+STOP = re.compile(r'^PARAMETER stop "(.*)"$', re.MULTILINE)
+CONTEXT = re.compile(r"^PARAMETER num_ctx (\d+)$", re.MULTILINE)
 
 
-def write_modelfile(checkpoint: Checkpoint, tokens: Sequence[Token], context_length: int) -> str:
-    """The Modelfile's text: Phi-3's turns, a stop for each role and stop id, the context."""
+@dataclass(frozen=True)
+class OllamaModel:
+    """A Go template over .Messages, the texts that end an answer, and the context in tokens."""
+
+    template: str
+    stops: tuple[str, ...]
+    context_length: int
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The parameters as POST /api/create takes them."""
+        return {"stop": list(self.stops), "num_ctx": self.context_length}
+
+
+def describe_model(
+    checkpoint: Checkpoint, tokens: Sequence[Token], context_length: int
+) -> OllamaModel:
+    """Phi-3's turns, a stop for each role and stop id, the context."""
     texts = {tokens[token_id].text: None for token_id in checkpoint.stop_ids}
-    stops = [*texts, *(role for role in ROLES if role not in texts)]
+    template = strip_text(TURNS, texts_to_strip(tokens))
+    return OllamaModel(template, _list_stops(list(texts)), context_length)
+
+
+def describe_chat(chat: Chat, context_length: int) -> OllamaModel:
+    """The same of a manifest's chat, where there is no checkpoint; any turns will do."""
+    return OllamaModel(
+        _write_template(chat.turns, chat.generation), _list_stops(chat.stop_texts), context_length
+    )
+
+
+def write_modelfile(model: OllamaModel) -> str:
+    """The Modelfile's text, for a GGUF file that lies beside it."""
     lines = [
         f"FROM ./{DATA_FILE}",
-        f'TEMPLATE """{strip_text(TURNS, texts_to_strip(tokens))}"""',
-        *(f'PARAMETER stop "{text}"' for text in stops),
-        f"PARAMETER num_ctx {context_length}",
+        f'TEMPLATE """{model.template}"""',
+        *(f'PARAMETER stop "{text}"' for text in model.stops),
+        f"PARAMETER num_ctx {model.context_length}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def read_modelfile(text: str, where: str) -> OllamaModel:
+    """What `write_modelfile` wrote; ArtifactError, naming `where`, when a part is missing."""
+    template, context = TEMPLATE.search(text), CONTEXT.search(text)
+    stops = tuple(STOP.findall(text))
+    for name, found in (("TEMPLATE", template), ("stop", stops), ("num_ctx", context)):
+        if not found:
+            raise ArtifactError(
+                f"{where}: no {name}; allowed a Modelfile as phiship writes it",
+                advice="build the artifact again",
+            )
+    assert template and context
+    return OllamaModel(template[1], stops, int(context[1]))
+
+
+def _list_stops(texts: Sequence[str]) -> tuple[str, ...]:
+    return (*texts, *(role for role in ROLES if role not in texts))
+
+
+def _write_template(turns: Mapping[str, tuple[str, str]], generation: str) -> str:
+    """A branch for each role; what a role's turn begins with must not look like Go's actions."""
+    keyword = "if"
+    branches = []
+    for role, (before, after) in turns.items():
+        branches.append(f'{{{{ {keyword} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}')
+        keyword = "else if"
+    return f"{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}{generation}"

@@ -9,9 +9,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from ..failure import Failure
 from .layout import Layout
@@ -22,32 +24,70 @@ IMPORT_TIMEOUT_S = 120
 LOG_BYTES = 1 << 20
 LOG_TAIL_CHARACTERS = 20_000
 
+TakeLine = Callable[[bytes], None]
+
 _running: set[int] = set()
 
 
-def run_child(command: list[str], stdin: bytes, timeout_s: float) -> dict[str, Any]:
-    """Run a command; returns code, signal (name or None), stdout, and the end of stderr."""
+def run_child(
+    command: list[str], stdin: bytes, timeout_s: float, take_line: TakeLine | None = None
+) -> dict[str, Any]:
+    """Run a command; returns code, signal (name or None), stdout, and the end of stderr.
+
+    `take_line` gets each line of stdout as it comes.
+    """
     # A group of its own, so that nothing it starts outlives it.
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip
+    lines: list[bytes] = []
+    errors: list[bytes] = []
+    with watching(process):
+        timer = _KillTimer(process.pid, timeout_s)
+        feeding = threading.Thread(target=_feed, args=(process.stdin, stdin))
+        feeding.start()
+        reading = drain(process.stderr, errors.append)
+        for line in cast("IO[bytes]", process.stdout):
+            lines.append(line)
+            if take_line:
+                take_line(line)
+        code = process.wait()
+        timer.cancel()
+        feeding.join()
+        reading.join()
+    if timer.has_fired:
+        return _describe(None, b"", b"".join(errors), timeout_s)
+    return _describe(code, b"".join(lines), b"".join(errors), None)
+
+
+@contextlib.contextmanager
+def watching(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Have a child killed by `kill_running` as long as the block lasts."""
     _running.add(process.pid)
     try:
-        stdout, stderr = process.communicate(stdin, timeout_s)
-    except subprocess.TimeoutExpired:
-        _kill_group(process.pid)
-        _, stderr = process.communicate()
-        return _describe(None, b"", stderr, timeout_s)
+        yield
     finally:
         _running.discard(process.pid)
-    return _describe(process.returncode, stdout, stderr, None)
+
+
+def drain(stream: IO[bytes] | None, take_line: TakeLine) -> threading.Thread:
+    """Read a child's output to its end, in a thread, so that the child never has to wait."""
+
+    def read() -> None:
+        with cast("IO[bytes]", stream) as lines:
+            for line in lines:
+                take_line(line)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
 
 
 def kill_running() -> None:
     """Kill every child with all it has started."""
     for pid in list(_running):
-        _kill_group(pid)
+        kill_group(pid)
 
 
 def name_signal(number: int) -> str:
@@ -58,22 +98,34 @@ def name_signal(number: int) -> str:
         return f"signal {number}"
 
 
-def ask_release(
-    layout: Layout, artifact: Path, prompt: bytes, max_tokens: int, timeout_s: float
-) -> dict[str, Any]:
-    """Let a release's own runner answer; `answer` is its JSON, None when it printed none."""
-    if not (artifact / RUNNER).is_file():
-        raise Failure("request", f"{artifact}: no release is deployed there")
-    command = [*find_python(artifact), "-B", str(artifact / RUNNER), "generate", "--json"]
-    command += ["--artifact", str(artifact), "--max-tokens", str(max_tokens)]
-    done = run_child(command, prompt, timeout_s)
+def run_release(
+    layout: Layout, artifact: Path, arguments: list[str], stdin: bytes, timeout_s: float,
+    take_line: TakeLine | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run a release's own runner; `answer` is the JSON of its last line, None without one."""
+    command = build_command(artifact, arguments)
+    done = add_answer(run_child(command, stdin, timeout_s, take_line))
+    error = (done["answer"] or {}).get("error", {}).get("message", "")
+    log_words(layout, artifact.resolve().name, f"{done['stderr']}{error}")
+    return done
+
+
+def add_answer(done: dict[str, Any]) -> dict[str, Any]:
+    """Return how a runner ended, with the JSON of its last line in place of its output."""
     try:
         answer = json.loads(done.pop("stdout").strip().rpartition("\n")[2])
     except ValueError:
         answer = None
-    error = (answer or {}).get("error", {}).get("message", "")
-    _log(layout, artifact.resolve().name, f"{done['stderr']}{error}")
     return {**done, "answer": answer}
+
+
+def build_command(artifact: Path, arguments: list[str]) -> list[str]:
+    """Return the command that runs a release's own runner; Failure when it is not there."""
+    if not (artifact / RUNNER).is_file():
+        raise Failure("request", f"{artifact}: no release is deployed there")
+    first, *rest = arguments
+    runner = [*find_python(artifact), "-B", str(artifact / RUNNER)]
+    return [*runner, first, "--artifact", str(artifact), *rest]
 
 
 def find_python(artifact: Path) -> list[str]:
@@ -128,7 +180,7 @@ def read_log(layout: Layout) -> str:
     )
 
 
-def _log(layout: Layout, release: str, text: str) -> None:
+def log_words(layout: Layout, release: str, text: str) -> None:
     """Keep a runner's last words; the file before the last LOG_BYTES is kept too."""
     if not text.strip():
         return
@@ -140,7 +192,28 @@ def _log(layout: Layout, release: str, text: str) -> None:
         stream.write(f"--- {now} {release}\n{text.rstrip()}\n")
 
 
-def _kill_group(pid: int) -> None:
+class _KillTimer(threading.Timer):
+    """Kills a group of processes when its time is up."""
+
+    def __init__(self, pid: int, timeout_s: float) -> None:
+        super().__init__(timeout_s, self._fire)
+        self._pid = pid
+        self.has_fired = False
+        self.daemon = True
+        self.start()
+
+    def _fire(self) -> None:
+        self.has_fired = True
+        kill_group(self._pid)
+
+
+def _feed(stream: IO[bytes] | None, content: bytes) -> None:
+    with contextlib.suppress(OSError), cast("IO[bytes]", stream) as sink:
+        sink.write(content)
+
+
+def kill_group(pid: int) -> None:
+    """Kill a child with all it has started; nothing happens when it has ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 

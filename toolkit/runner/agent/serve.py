@@ -2,7 +2,8 @@
 
 in     {"call": NAME, ...arguments}, a line each; `receive` is followed by the bytes it announces
 out    {"answer": {...}} or {"error": {...}} for each request in turn, and in between, every few
-       seconds, {"beat": BYTES}: we live, and have worked through so many bytes of this request
+       seconds, {"beat": BYTES}: we live, and have worked through so many bytes of this request;
+       {"progress": {...}} is what a release's runner says of long work
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from .. import engines
 from ..failure import Failure
-from . import blobs, child, facts, install, journal, lock, releases
+from . import blobs, child, facts, install, journal, lock, releases, server
 from .layout import Layout, open_layout
 
 BEAT_S = 5.0
@@ -28,11 +29,15 @@ BEAT_S = 5.0
 class Agent:
     """What a push has here for as long as it lasts: the lock, and what it knows of parts."""
 
-    def __init__(self, layout: Layout, stdin: io.BufferedIOBase) -> None:
+    def __init__(
+        self, layout: Layout, stdin: io.BufferedIOBase, tell: Callable[[dict[str, Any]], None]
+    ) -> None:
         self.layout = layout
         self.stdin = stdin
         self.lock: lock.Lock | None = None
         self.prefixes: blobs.Prefixes = {}
+        self.server: server.Server | None = None
+        self.tell = tell
         self.done_bytes = 0
 
     def count(self, size_bytes: int) -> None:
@@ -49,11 +54,12 @@ def serve(root: str) -> int:
     """Answer requests on stdin until it ends; 1 after a failure that ends the push."""
     stdin, stdout = cast("io.BufferedIOBase", sys.stdin.buffer), _Output(sys.stdout.buffer)
     try:
-        agent = Agent(open_layout(root), stdin)
+        agent = Agent(open_layout(root), stdin, stdout.send)
     except Failure as failure:
         stdout.send({"error": failure.to_json()})
         return 1
-    with _beating(agent, stdout):
+    with _beating(agent, stdout), contextlib.ExitStack() as ending:
+        ending.callback(server.stop_server, agent)
         for line in iter(stdin.readline, b""):
             request = json.loads(line)
             name = request.pop("call")
@@ -92,11 +98,17 @@ def _facts(agent: Agent, engine: str = "", python: str = sys.executable) -> dict
     return found
 
 
-def _ask(
-    agent: Agent, release: str, prompt: str, max_tokens: int, timeout_s: float
+def _run(
+    agent: Agent, release: str, arguments: list[str], stdin: str, timeout_s: float
 ) -> dict[str, Any]:
+    def take_line(line: bytes) -> None:
+        with contextlib.suppress(ValueError):
+            told = json.loads(line)
+            if isinstance(told, dict) and "progress" in told:
+                agent.tell(told)
+
     folder = agent.find_artifact(release)
-    return child.ask_release(agent.layout, folder, prompt.encode(), max_tokens, timeout_s)
+    return child.run_release(agent.layout, folder, arguments, stdin.encode(), timeout_s, take_line)
 
 
 _CALLS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -107,7 +119,8 @@ _CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     "logs": lambda agent: {"text": child.read_log(agent.layout)},
     "manifest": lambda agent, release: releases.read_manifest(agent.find_artifact(release)),
     "survey": blobs.survey,
-    "ask": _ask,
+    "run": _run,
+    "serve": server.start_server,
     "unlock": lambda agent, force: lock.unlock(agent.layout, force=force),
     "lock": _lock,
     "receive": blobs.receive,

@@ -1,0 +1,109 @@
+"""A conversation in the terminal: the same loop on a device and for a server's answers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+from .answer import Answer, Question, check_length, encode_chat, stream_answer
+from .failure import Failure
+from .loading import Loaded, loading
+from .manifest import read_manifest
+from .settings import Sampling, read_settings
+
+Message = tuple[str, str]
+# Yields the answer to a conversation in pieces; closing it ends the work.
+Ask = Callable[[list[Message]], Generator[str, None, None]]
+
+HELP = """/new begins a new conversation, /exit or Ctrl-D ends; Ctrl-C ends an answer."""
+
+
+def converse(ask: Ask, title: str, system: str = "") -> int:
+    """Read lines from stdin and print answers until its end; returns the exit code.
+
+    A line beginning with / is an order. Answers stay part of the conversation, broken off or not.
+    """
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        _complete_lines()
+        print(f"{title}\n{HELP}", file=sys.stderr)
+    start: list[Message] = [("system", system)] if system else []
+    messages = list(start)
+    while (line := _read_line("> " if is_terminal else "")) is not None:
+        if line in ("/exit", "/quit", "/bye"):
+            break
+        if line == "/new":
+            messages = list(start)
+        elif line.startswith("/"):
+            print(HELP, file=sys.stderr)
+        elif line:
+            messages.append(("user", line))
+            _take_turn(ask, messages)
+    return 0
+
+
+def chat(
+    artifact: Path, sampling: Sampling, max_tokens: int, system: str = "", **given: int | None
+) -> int:
+    """Converse with an artifact; Failure when it cannot be loaded."""
+    manifest = read_manifest(artifact)
+    settings = read_settings(artifact, manifest.context_length, **given)
+    with loading(artifact, settings) as loaded:
+        title = f"{manifest.name}, {loaded.engine} on {loaded.model.provider}"
+        return converse(lambda ms: _answer(loaded, ms, sampling, max_tokens), title, system)
+
+
+def _answer(
+    loaded: Loaded, messages: list[Message], sampling: Sampling, max_tokens: int
+) -> Generator[str, None, None]:
+    prompt_ids = encode_chat(loaded, messages)
+    highest = min(loaded.settings.context_tokens, loaded.manifest.valid_context[1])
+    room = highest - len(prompt_ids)
+    if room < 1:
+        check_length(loaded, len(prompt_ids), 1)
+    question = Question(prompt_ids, min(max_tokens, room), sampling)
+    yield from stream_answer(loaded, question, Answer())
+
+
+def _take_turn(ask: Ask, messages: list[Message]) -> None:
+    """Print an answer as it comes, and add it; a failure takes the question back."""
+    pieces: list[str] = []
+    try:
+        with contextlib.closing(ask(messages)) as stream:
+            for piece in stream:
+                pieces.append(piece)
+                print(clean(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [broken off]", end="")
+    except Failure as failure:
+        messages.pop()
+        print(f"error: {failure}\n  {failure.advice}\n  /new begins anew", file=sys.stderr)
+        return
+    print(flush=True)
+    messages.append(("assistant", "".join(pieces)))
+
+
+def clean(text: str) -> str:
+    """Return a model's words without what could steer a terminal."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable() or ord(c) > 0xFFFF)
+
+
+def _read_line(prompt: str) -> str | None:
+    """Return a line without white space around it; None at the end of the input."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return None
+
+
+def _complete_lines() -> None:
+    """Let lines be edited, and earlier ones come back, where Python has readline."""
+    with contextlib.suppress(ImportError):
+        import readline
+
+        readline.set_history_length(1000)
