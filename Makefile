@@ -1,13 +1,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 OUT ?= build
 
-.PHONY: help setup demo test test-vendor test-pi test-powercut check bench clean
+.PHONY: help setup demo test test-clients test-vendor test-pi test-powercut check bench clean
 
 help:
 	@echo "make demo   set up, convert the bundled Phi-3, push it over SSH, ask it a question there"
 	@echo "make test   set up, run the tests"
+	@echo "make test-clients  make an environment of real clients (openai, Semantic Kernel, LangChain), ask the server with them"
 	@echo "make test-vendor  make the vendors' environments (5 GB), compare with the vendors themselves, refresh their digests"
 	@echo "make test-pi  as root: push to an emulated Raspberry Pi 5's userland (tests/emulated/README.md)"
 	@echo "make test-powercut  as root: cut an emulated Raspberry Pi 5's power in the middle of pushes"
@@ -29,6 +31,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+$(CLIENTS)/ready: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	echo '*' > $(CLIENTS)/.gitignore
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	touch $@
+
+test-clients: setup $(CLIENTS)/ready
+	$(CLIENTS)/bin/python -m pytest --confcutdir=tests/clients tests/clients
 
 test-vendor: setup
 	for vendor in onnx openvino mlx gguf; do $(BIN)/phiship vendor setup $$vendor || exit 1; done
@@ -56,4 +67,4 @@ else
 endif
 
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(CLIENTS) $(OUT)

@@ -27,8 +27,8 @@ GROUPS = (
     {"plan", "source", "wheels"},
     {"check", "export", "preflight", "smoke"},
     {"place", "remote", "runtime"},
-    {"build", "deploy"},
-    {"listing", "ollama", "parity", "ship"},
+    {"adopt", "build", "deploy", "howto"},
+    {"listing", "llamaedge", "measuring", "ollama", "parity", "ship"},
     {"cli"},
     {"__main__"},
 )
@@ -38,7 +38,7 @@ RANK = {part: rank for rank, group in enumerate(GROUPS) for part in group}
 HEAVY = (
     *("asyncssh", "gguf", "huggingface_hub", "mlx", "onnx", "onnxruntime", "onnxruntime_genai"),
     *("openvino", "openvino_genai", "openvino_tokenizers", "paramiko", "sentencepiece", "torch"),
-    *("mlx_lm", "transformers", "xllamacpp"),
+    *("matplotlib", "mlx_lm", "transformers", "xllamacpp"),
 )
 
 

@@ -105,7 +105,7 @@ def chat(
     endpoint: Endpoint,
     messages: Sequence[Message],
     *,
-    max_tokens: int,
+    max_tokens: int | None,
     temperature: float = 0.0,
     seed: int | None = None,
     timeout_s: float,
@@ -131,7 +131,7 @@ def stream_chat(
     endpoint: Endpoint,
     messages: Sequence[Message],
     *,
-    max_tokens: int,
+    max_tokens: int | None,
     temperature: float = 0.0,
     seed: int | None = None,
     timeout_s: float,
@@ -286,7 +286,7 @@ def _make_request(endpoint: Endpoint, request: dict[str, Any]) -> urllib.request
 def _describe_request(
     endpoint: Endpoint,
     messages: Sequence[Message],
-    max_tokens: int,
+    max_tokens: int | None,
     temperature: float,
     seed: int | None,
 ) -> dict[str, Any]:

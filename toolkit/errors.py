@@ -119,6 +119,7 @@ EXTRAS = {
     "openvino_tokenizers": "openvino",
     "transformers": "openvino",
     "asyncssh": "embedded",
+    "matplotlib": "plot",
 }
 
 

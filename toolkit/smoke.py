@@ -76,7 +76,7 @@ def read_answer(name: str, done: dict[str, Any]) -> dict[str, Any]:
 
 def check_answer(device: str, answer: Answer, smoke: Smoke) -> None:
     """Raise SmokeError unless the answer contains what is expected; case, spaces do not count."""
-    if _normalize(smoke.expect) not in _normalize(answer.text):
+    if not contains(answer.text, smoke.expect):
         raise SmokeError(
             f"{device}: asked {quote(smoke.prompt)}, it answered {quote(answer.text)}; expected "
             f"{quote(smoke.expect)} in it",
@@ -129,6 +129,11 @@ def quote(text: str) -> str:
     """Quote a model's or a device's words; nothing in them can steer a terminal."""
     shown = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
     return repr(shown)
+
+
+def contains(text: str, expected: str) -> bool:
+    """Whether a text contains another; case and white space do not count."""
+    return _normalize(expected) in _normalize(text)
 
 
 def _normalize(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import NoReturn
 import click
 
 from toolkit import __version__
-from toolkit.cli import building, devices
+from toolkit.cli import building, devices, measuring, serving
 from toolkit.cli.options import OrderedGroup
 from toolkit.console import Console
 from toolkit.errors import PhishipError
@@ -42,7 +42,9 @@ def cli() -> None:
 for _command in (
     *(devices.ship_command, building.list_command, building.plan_command),
     *(building.build_command, building.check_command),
-    *(devices.deploy_command, devices.rollback_command, devices.probe_command),
+    *(devices.deploy_command, serving.run_command, serving.serve_command),
+    *(measuring.bench_command, measuring.tune_command, measuring.compare_command),
+    *(devices.rollback_command, devices.probe_command),
     *(devices.status_command, devices.history_command, devices.logs_command),
     *(devices.unlock_command, devices.uninstall_command, devices.trust_command),
     *(building.parity_command, building.vendor_group),

@@ -6,7 +6,7 @@ Tags of NAME: one for each artifact (the first digits of its manifest's sha256),
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +66,9 @@ def install(
     base_url: str,
     device: str,
     console: Console,
-    push: Push = Push(),
+    push: Push | None = None,
     *,
-    limits: Health = Health(),
+    limits: Health | None = None,
     report: Report | None = None,
 ) -> Report:
     """Put a GGUF artifact into use in the Ollama at `base_url`; `device` is a name for errors.
@@ -77,6 +77,7 @@ def install(
     still is, and nothing half-installed is left; or RolledBackError, StrandedError.
     """
     report = report or Report(f"install {artifact.name} in Ollama on {device}")
+    push = push or Push()
     with report.step("check artifact") as step:
         release = prepare_release(artifact, push)
         model = read_model(artifact, release.manifest)
@@ -91,7 +92,7 @@ def install(
     tag = release.files[MANIFEST][:DIGITS]
     with _created(target, tag, release, model, artifact, console, report):
         staged = _smoke_test(target, tag, release.smoke, report)
-        _put_into_use(target, tag, staged, release.smoke, limits, report)
+        _put_into_use(target, tag, staged, release.smoke, limits or Health(), report)
     _prune(target, report)
     return report
 
@@ -103,7 +104,7 @@ def roll_back(
     report: Report,
     *,
     smoke: Smoke | None = None,
-    limits: Health = Health(),
+    limits: Health | None = None,
 ) -> None:
     """Put NAME:previous into use again, after the same tests; `manifest` gives NAME and question.
 
@@ -123,7 +124,7 @@ def roll_back(
             advice="install an artifact again",
         )
     staged = _smoke_test(target, PREVIOUS, question, report)
-    _put_into_use(target, PREVIOUS, staged, question, limits, report)
+    _put_into_use(target, PREVIOUS, staged, question, limits or Health(), report)
 
 
 def name_model(name: str) -> str:
@@ -208,10 +209,8 @@ def _transfer(ollama: Ollama, path: Path, sha256: str, console: Console, report:
 
 def _delete_quietly(ollama: Ollama, tag: str) -> None:
     """What has failed already is the error to tell."""
-    try:
+    with suppress(PhishipError):
         ollama.delete(tag)
-    except PhishipError:
-        pass
 
 
 def _smoke_test(target: Target, tag: str, smoke: Smoke, report: Report) -> Answer:

@@ -92,10 +92,8 @@ class Ollama:
             "parameters": parameters,
             "stream": True,
         }
-        last: dict[str, Any] = {}
-        for last in self._stream("/api/create", request, "create the model", SLOW_TIMEOUT_S):
-            pass
-        if last.get("status") != "success":
+        told = list(self._stream("/api/create", request, "create the model", SLOW_TIMEOUT_S))
+        if not told or told[-1].get("status") != "success":
             raise RunnerError(f"{self.device}: Ollama broke off while it created {tag}")
 
     def copy(self, source: str, destination: str) -> None:

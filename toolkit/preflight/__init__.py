@@ -38,6 +38,7 @@ __all__ = [
     "check_facts",
     "describe_facts",
     "describe_needs",
+    "describe_target",
     "inspect",
     "list_ways",
     "rebuild_plan",
@@ -46,6 +47,7 @@ __all__ = [
 
 # What stays free on the device, for logs and for the system itself.
 DISK_RESERVE_BYTES = 64_000_000
+UNKNOWN_BYTES = 1 << 60  # memory of a device that does not tell; it is not judged
 # Where another artifact may pass; another folder or another system does not help otherwise.
 ARTIFACT_CHECKS = ("python", "wheels", "processor", "accelerator", "memory")
 # What a target calls `runs`, with the package it takes.
@@ -136,20 +138,24 @@ def suggest(facts: Facts, manifest: Manifest) -> list[str]:
     plan = rebuild_plan(manifest)
     if plan is None:
         return []
+    return what_fits(plan, describe_target(facts, list_ways(facts)))
+
+
+def describe_target(facts: Facts, runs: tuple[str, ...]) -> Target:
+    """Return a device as a target: what is free there now, and the ways it can run."""
     memory_bytes = facts.usable_memory_bytes
-    there = Target(
+    return Target(
         name="it",
         title="the device",
         system="linux",
         arch="any",
-        memory=ByteSize(1 << 60 if memory_bytes is None else memory_bytes),
+        memory=ByteSize(UNKNOWN_BYTES if memory_bytes is None else memory_bytes),
         reserved_memory=ByteSize(0),
         disk=ByteSize(max(0, facts.disk_free_bytes - DISK_RESERVE_BYTES)),
-        runs=list_ways(facts),
+        runs=runs,
         push="ssh",
         verified="",
     )
-    return what_fits(plan, there)
 
 
 def list_ways(facts: Facts) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from .loading import Loaded
 from .settings import GREEDY, Sampling
 from .stopping import StopTexts
 
+ANSWER_TOKENS = 1024  # of a question that names no number
+
 
 @dataclass(frozen=True)
 class Question:
@@ -55,9 +57,14 @@ def encode_text(loaded: Loaded, text: str) -> list[int]:
     return ([] if bos_id is None else [bos_id]) + list(loaded.model.encode(text))
 
 
+def count_context(loaded: Loaded) -> int:
+    """Return how many tokens prompt and answer may have together, as this model was loaded."""
+    return min(loaded.settings.context_tokens, loaded.manifest.valid_context[1])
+
+
 def check_length(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> None:
     """Raise Failure unless prompt and answer fit into the context this model was loaded with."""
-    highest = min(loaded.settings.context_tokens, loaded.manifest.valid_context[1])
+    highest = count_context(loaded)
     if prompt_tokens + new_tokens > highest:
         raise Failure(
             "request",
@@ -67,8 +74,16 @@ def check_length(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> None:
         )
 
 
+def find_room(loaded: Loaded, prompt_tokens: int, asked_tokens: int | None) -> int:
+    """Return how many tokens an answer may have; Failure when what is asked does not fit."""
+    left = count_context(loaded) - prompt_tokens
+    new_tokens = asked_tokens or max(1, min(ANSWER_TOKENS, left))
+    check_length(loaded, prompt_tokens, new_tokens)
+    return new_tokens
+
+
 def stream_answer(loaded: Loaded, question: Question, answer: Answer) -> Generator[str, None, None]:
-    """Yield the answer's text as it comes, and fill `answer`; closing ends the engine's work."""
+    """Yield the text that each token adds, often none, and fill `answer`; closing ends the work."""
     stop_ids, stops = loaded.manifest.chat.stop_ids, StopTexts(question.stops)
     started_s = first_s = time.monotonic()
     stream = loaded.model.generate(question.prompt_ids, question.max_tokens, question.sampling)
@@ -83,9 +98,9 @@ def stream_answer(loaded: Loaded, question: Question, answer: Answer) -> Generat
                 break
             answer.token_ids.append(token)
             answer.decode_seconds = now_s - first_s
-            if text := _begin(stops.push(piece), question, answer):
-                answer.text += text
-                yield text
+            text = _begin(stops.push(piece), question, answer)
+            answer.text += text
+            yield text  # also when it is empty: who asks can end the work at every token
             if stops.is_found:
                 answer.stop_reason = "stop"
                 return

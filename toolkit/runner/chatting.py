@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from .answer import Answer, Question, check_length, encode_chat, stream_answer
+from .answer import Answer, Question, encode_chat, find_room, stream_answer
 from .failure import Failure
 from .loading import Loaded, loading
 from .manifest import read_manifest
 from .settings import Sampling, read_settings
 
 Message = tuple[str, str]
-# Yields the answer to a conversation in pieces; closing it ends the work.
-Ask = Callable[[list[Message]], Generator[str, None, None]]
+TakeText = Callable[[str], None]
+# Answers a conversation, in pieces; an exception that the receiver raises ends the work.
+Ask = Callable[[list[Message], TakeText], None]
 
-HELP = """/new begins a new conversation, /exit or Ctrl-D ends; Ctrl-C ends an answer."""
+HELP = "/new begins a new conversation, /exit or Ctrl-D ends; Ctrl-C ends an answer."
 
 
 def converse(ask: Ask, title: str, system: str = "") -> int:
@@ -45,36 +47,44 @@ def converse(ask: Ask, title: str, system: str = "") -> int:
 
 
 def chat(
-    artifact: Path, sampling: Sampling, max_tokens: int, system: str = "", **given: int | None
+    artifact: Path,
+    sampling: Sampling,
+    max_tokens: int | None,
+    system: str = "",
+    **given: int | None,
 ) -> int:
     """Converse with an artifact; Failure when it cannot be loaded."""
     manifest = read_manifest(artifact)
     settings = read_settings(artifact, manifest.context_length, **given)
     with loading(artifact, settings) as loaded:
         title = f"{manifest.name}, {loaded.engine} on {loaded.model.provider}"
-        return converse(lambda ms: _answer(loaded, ms, sampling, max_tokens), title, system)
+        return converse(partial(_answer, loaded, sampling, max_tokens), title, system)
 
 
 def _answer(
-    loaded: Loaded, messages: list[Message], sampling: Sampling, max_tokens: int
-) -> Generator[str, None, None]:
+    loaded: Loaded,
+    sampling: Sampling,
+    max_tokens: int | None,
+    messages: list[Message],
+    take_text: TakeText,
+) -> None:
     prompt_ids = encode_chat(loaded, messages)
-    highest = min(loaded.settings.context_tokens, loaded.manifest.valid_context[1])
-    room = highest - len(prompt_ids)
-    if room < 1:
-        check_length(loaded, len(prompt_ids), 1)
-    question = Question(prompt_ids, min(max_tokens, room), sampling)
-    yield from stream_answer(loaded, question, Answer())
+    question = Question(prompt_ids, find_room(loaded, len(prompt_ids), max_tokens), sampling)
+    with contextlib.closing(stream_answer(loaded, question, Answer())) as stream:
+        for piece in stream:
+            take_text(piece)
 
 
 def _take_turn(ask: Ask, messages: list[Message]) -> None:
     """Print an answer as it comes, and add it; a failure takes the question back."""
     pieces: list[str] = []
+
+    def take_text(piece: str) -> None:
+        pieces.append(piece)
+        print(clean(piece), end="", flush=True)
+
     try:
-        with contextlib.closing(ask(messages)) as stream:
-            for piece in stream:
-                pieces.append(piece)
-                print(clean(piece), end="", flush=True)
+        ask(messages, take_text)
     except KeyboardInterrupt:
         print(" [broken off]", end="")
     except Failure as failure:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
+from .agent.child import build_command
 from .agent.layout import open_layout
 from .agent.releases import start_trial
 from .agent.serve import serve as serve_agent
+from .bench_command import add_bench, run_bench
 from .chatting import chat
 from .describing import describe
 from .failure import Failure
@@ -24,8 +27,13 @@ SETTINGS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command; 0 when it succeeded, 1 on an expected failure, 2 on wrong usage."""
-    options = _parse(arguments)
+    """Run one command; 0 when it succeeded, 1 on an expected failure, 2 on wrong usage.
+
+    What follows `--` are the server's options, for `agent start`.
+    """
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = _parse(arguments[:end])
+    options.server = arguments[end + 1 :]
     try:
         code: int = options.run(options)
     except Failure as failure:
@@ -52,20 +60,18 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _add_agent(command: argparse.ArgumentParser) -> None:
-    command.add_argument("agent", choices=["serve", "recover"])
+    command.add_argument("agent", choices=["serve", "recover", "start"])
     command.add_argument("--root", required=True, help="the device's folder")
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt", help="without it, the prompt is read from standard input")
-    command.add_argument("--max-tokens", type=int, default=256)
-    _add_sampling(command)
+    _add_answering(command)
 
 
 def _add_chat(command: argparse.ArgumentParser) -> None:
     command.add_argument("--system", default="", help="what the model is told before everything")
-    command.add_argument("--max-tokens", type=int, default=1024, help="of one answer")
-    _add_sampling(command)
+    _add_answering(command)
     _add_settings(command)
 
 
@@ -84,11 +90,19 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     _add_settings(command)
 
 
-def _add_sampling(command: argparse.ArgumentParser) -> None:
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    add_bench(command)
+    _add_settings(command)
+
+
+def _add_answering(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
     )
     command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument(
+        "--max-tokens", type=int, help="of one answer; else as many as there is room for"
+    )
     command.add_argument("--seed", type=int)
 
 
@@ -111,10 +125,14 @@ def _sampling(options: argparse.Namespace) -> Sampling:
 
 
 def _run_agent(options: argparse.Namespace) -> int:
-    """`serve` answers a push; `recover` is what a service runs before it starts a release."""
+    """`serve` answers a push; `start` is what a service does: recover, then serve the release."""
     if options.agent == "serve":
         return serve_agent(options.root)
-    print(json.dumps(start_trial(open_layout(options.root))))
+    layout = open_layout(options.root)
+    print(json.dumps(start_trial(layout)), flush=True)
+    if options.agent == "start":
+        command = build_command(layout.current.resolve(), ["serve", *options.server])
+        os.execv(command[0], command)
     return 0
 
 
@@ -149,6 +167,10 @@ def _run_serve(options: argparse.Namespace) -> int:
     return serve_artifact(options.artifact, options, _given(options))
 
 
+def _run_bench(options: argparse.Namespace) -> int:
+    return run_bench(options, _given(options))
+
+
 def _run_info(options: argparse.Namespace) -> int:
     found = describe(options.artifact)
     if options.json:
@@ -169,6 +191,7 @@ COMMANDS = {
     "generate": (_run_generate, _add_generate, "answer one prompt"),
     "chat": (_run_chat, _add_chat, "converse in the terminal"),
     "serve": (_run_serve, _add_serve, "answer OpenAI's API over HTTP"),
+    "bench": (_run_bench, _add_bench, "measure what answers cost here"),
     "info": (_run_info, _add_nothing, "say what the artifact is, and whether it can run here"),
     "settings": (_run_settings, _add_nothing, "keep the settings that standard input names"),
     "agent": (_run_agent, _add_agent, "the device side of a push"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import platform
 from pathlib import Path
 from typing import Any
 
 from . import engines
+from .benching import read_machine
 from .loading import import_engine
 from .manifest import read_manifest
 from .memory import read_available_bytes
@@ -29,7 +29,7 @@ def describe(artifact: Path) -> dict[str, Any]:
         "device_memory_bytes": manifest.device_memory_bytes,
         "available_memory_bytes": read_available_bytes(),
         "roles": sorted(manifest.chat.turns),
-        "python": platform.python_version(),
+        "machine": read_machine(),
         "engines": engines.list_engines(),
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .answer import Answer, Question, check_length, encode_text, stream_answer
+from .answer import ANSWER_TOKENS, Answer, Question, encode_text, find_room, stream_answer
 from .chat import render_chat
 from .loading import Loaded, loading
 from .manifest import read_manifest
@@ -19,20 +19,20 @@ TakeText = Callable[[str], None]
 def generate(
     artifact: Path,
     prompt: str,
-    max_tokens: int,
+    max_tokens: int | None,
     take_text: TakeText,
     sampling: Sampling = GREEDY,
 ) -> dict[str, Any]:
     """Answer `prompt`; `take_text` gets each piece. Returns the object of --json."""
     manifest = read_manifest(artifact)
     text = render_chat(manifest.chat, [("user", prompt)])
-    context_tokens = bound_context(text, max_tokens, manifest.valid_context)
+    context_tokens = bound_context(text, max_tokens or ANSWER_TOKENS, manifest.valid_context)
     settings = read_settings(artifact, context_tokens, context_tokens=context_tokens)
     with loading(artifact, settings) as loaded:
         prompt_ids = encode_text(loaded, text)
-        check_length(loaded, len(prompt_ids), max_tokens)
+        new_tokens = find_room(loaded, len(prompt_ids), max_tokens)
         answer = Answer()
-        for piece in stream_answer(loaded, Question(prompt_ids, max_tokens, sampling), answer):
+        for piece in stream_answer(loaded, Question(prompt_ids, new_tokens, sampling), answer):
             take_text(piece)
         return describe_answer(loaded, len(prompt_ids), answer)
 

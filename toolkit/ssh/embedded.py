@@ -193,6 +193,9 @@ def _new_session_rules(asyncssh: Any, connections: set[Any]) -> Any:
         def connection_lost(self, _: Exception | None) -> None:
             connections.discard(self._connection)
 
+        def connection_requested(self, dest_host: str, *_: object) -> bool:
+            return dest_host == LOOPBACK
+
     return Rules()
 
 

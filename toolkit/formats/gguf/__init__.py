@@ -67,7 +67,7 @@ def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
 
 def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
     """What llama.cpp takes to run it on the CPU."""
-    valid, notes = _valid_context(decoder, context_length)
+    valid, notes = find_valid_context(decoder, context_length)
     return RuntimeNeeds(
         engine="llama_cpp",
         provider="cpu",
@@ -115,7 +115,7 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _valid_context(decoder: Decoder, context_length: int) -> tuple[tuple[int, int], list[str]]:
+def find_valid_context(decoder: Decoder, context_length: int) -> tuple[tuple[int, int], list[str]]:
     """Lengths that agree with the source when `context_length` tokens are allocated."""
     first, last = 1, min(context_length, decoder.context)
     notes = []

@@ -170,13 +170,13 @@ def import_engine(module: str, python: str = sys.executable) -> dict[str, Any]:
     }
 
 
-def read_log(layout: Layout) -> str:
-    """Return the end of what runners said."""
-    path = layout.logs / "runner.log"
-    return (
+def read_log(layout: Layout, *names: str) -> str:
+    """Return the end of what runners said, in each of these files."""
+    paths = [layout.logs / name for name in names]
+    return "".join(
         path.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL_CHARACTERS:]
-        if (path.exists())
-        else ""
+        for path in paths
+        if path.exists()
     )
 
 

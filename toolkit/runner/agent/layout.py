@@ -67,6 +67,11 @@ class Layout:
         """File whose flock a push holds; its text says who."""
         return self.base / "lock"
 
+    @property
+    def service(self) -> Path:
+        """What the service was installed with; without this file there is none."""
+        return self.base / "service.json"
+
     def read_state(self) -> dict[str, Any]:
         """Return the recorded state: `good` release, `pending` one, tries left."""
         path = self.base / "state.json"

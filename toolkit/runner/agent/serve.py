@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from .. import engines
 from ..failure import Failure
-from . import blobs, child, facts, install, journal, lock, releases, server
+from . import blobs, child, facts, install, journal, lock, releases, server, service
 from .layout import Layout, open_layout
 
 BEAT_S = 5.0
@@ -47,7 +47,9 @@ class Agent:
     def find_artifact(self, release: str) -> Path:
         """Return a release's folder; `current` is the one in use."""
         layout = self.layout
-        return layout.current if release == "current" else releases.find_release(layout, release)
+        if release == "current":  # followed now: a switch may come before all files are open
+            return layout.current.resolve()
+        return releases.find_release(layout, release)
 
 
 def serve(root: str) -> int:
@@ -111,16 +113,23 @@ def _run(
     return child.run_release(agent.layout, folder, arguments, stdin.encode(), timeout_s, take_line)
 
 
+def _uninstall(agent: Agent) -> dict[str, Any]:
+    service.remove_service(agent.layout)
+    return releases.uninstall(agent.layout)
+
+
 _CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     "facts": _facts,
     "runtimes": lambda agent: install.find_runtimes(agent.layout),
     "status": lambda agent: releases.read_status(agent.layout),
     "history": lambda agent: {"events": journal.read(agent.layout)},
-    "logs": lambda agent: {"text": child.read_log(agent.layout)},
+    "logs": lambda agent: {"text": child.read_log(agent.layout, "runner.log", "service.log")},
     "manifest": lambda agent, release: releases.read_manifest(agent.find_artifact(release)),
     "survey": blobs.survey,
     "run": _run,
     "serve": server.start_server,
+    "serving": lambda agent: {"running": agent.server is not None and agent.server.is_running},
+    "service": lambda agent: service.read_service(agent.layout),
     "unlock": lambda agent, force: lock.unlock(agent.layout, force=force),
     "lock": _lock,
     "receive": blobs.receive,
@@ -131,11 +140,15 @@ _CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     "return": lambda agent: releases.return_to_good(agent.layout),
     "confirm": lambda agent, release: releases.confirm_release(agent.layout, release),
     "prune": lambda agent: releases.prune(agent.layout),
-    "uninstall": lambda agent: releases.uninstall(agent.layout),
+    "install_service": lambda agent, **request: service.install_service(agent.layout, **request),
+    "remove_service": lambda agent: service.remove_service(agent.layout),
+    "stop_service": lambda agent: service.stop_service(agent.layout),
+    "restart_service": lambda agent: service.restart_service(agent.layout),
+    "uninstall": _uninstall,
 }
 _CHANGING = {
     *("receive", "install", "stage", "discard", "switch", "return", "confirm", "prune"),
-    "uninstall",
+    *("uninstall", "install_service", "remove_service", "stop_service", "restart_service"),
 }
 
 

@@ -34,6 +34,11 @@ class Server:
         child.drain(self._process.stderr, self._keep)
         self.told = self._wait()
 
+    @property
+    def is_running(self) -> bool:
+        """False once it has ended, for whatever reason."""
+        return self._process.poll() is None
+
     def close(self) -> str:
         """Let it finish what it is answering, then end it; returns its last words."""
         with contextlib.suppress(OSError):

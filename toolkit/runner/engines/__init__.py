@@ -5,12 +5,17 @@ A module offers:
     PROVIDERS                   the providers it can be asked for
     OFFERED                     settings it takes: name -> allowed values, () for any
     load(artifact_folder, main_file, provider, settings) -> Model
+and, where there is another way to the runtime than MODULE:
+    import_runtime()            ImportError when the runtime cannot be reached in any way
 A Model offers:
     version, provider           of the runtime in use
+    reused_tokens               of the last prompt, how many were still in the cache; None: unknown
     encode(text) -> list[int]                     special tokens parsed, nothing added
     generate(prompt_ids, new_tokens, sampling) -> generator of (token id, text); closing it ends it
     close()
-One generation at a time; a Model may be used from any thread.
+One generation at a time; a Model may be used from any thread, and a generation be closed from
+another than the one that began it.
+Modules that begin with an underscore are what engines share.
 """
 
 from __future__ import annotations
@@ -24,7 +29,8 @@ from ..failure import Failure
 
 def list_engines() -> list[str]:
     """Return the names of all engines in this package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def find_engine(name: str) -> ModuleType:
@@ -37,4 +43,7 @@ def find_engine(name: str) -> ModuleType:
 
 def import_package(engine: ModuleType) -> None:
     """Import what an engine wraps; ImportError when it is missing or broken."""
-    importlib.import_module(engine.MODULE)
+    if hasattr(engine, "import_runtime"):
+        engine.import_runtime()
+    else:
+        importlib.import_module(engine.MODULE)

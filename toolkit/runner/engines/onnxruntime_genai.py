@@ -1,32 +1,59 @@
-"""ONNX artifacts through onnxruntime-genai."""
+"""ONNX artifacts through onnxruntime-genai.
+
+Sampling is ours: the engine has its settings and its random numbers for a generator's whole life
+(search options of its config reference), and a generator that is kept for its cache outlives one
+answer. So its top_k of 50 has no say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..failure import Failure
-from ..settings import GREEDY, Sampling, Settings
+from ..settings import GREEDY, Sampling, Settings, check_offered
+from ._prefix import count_common
+from ._sampling import make_chooser
 
 PACKAGE = "onnxruntime-genai"
 MODULE = "onnxruntime_genai"
 # What Model.device_type says when the provider is the active one.
 PROVIDERS = {"cpu": "CPU", "cuda": "CUDA", "dml": "DML", "webgpu": "WebGPU"}
-OFFERED: dict[str, tuple[int, ...]] = {}
+OFFERED: dict[str, tuple[int, ...]] = {"threads": (), "batch_tokens": ()}
+# Providers whose generator can go on after an answer, and was seen to.
+KEEPING = {"cpu", "cuda"}
+# Where the engine takes LongRoPE to switch, by its type of model (Generator in generators.cpp):
+# at the first token beyond, it computes the whole sequence anew with the long factors.
+SWITCHES = {"phi3": 4096, "phimoe": 4096, "phi3small": 8192}
+
+
+@dataclass
+class _Kept:
+    """A generator with room for `capacity` tokens; `tokens` are those the network has seen."""
+
+    generator: Any
+    capacity: int
+    tokens: list[int]
 
 
 class Model:
     """A loaded ONNX folder."""
 
-    def __init__(self, genai: Any, folder: Path, provider: str) -> None:
+    def __init__(self, genai: Any, folder: Path, provider: str, settings: Settings) -> None:
         self._genai = genai
+        self._settings = settings
         self.version = str(genai.__version__)
         self.provider = provider
+        self.reused_tokens = 0
+        self._kept: _Kept | None = None
         try:
-            self._model = genai.Model(_configure(genai, folder, provider))
+            self._switch, self._context_length = read_switch(folder / "genai_config.json")
+            self._model = genai.Model(_configure(genai, folder, provider, settings))
             self._tokenizer = genai.Tokenizer(self._model)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
             raise Failure("model", f"{folder}: onnxruntime-genai cannot load it: {error}") from None
         _check_provider(str(self._model.device_type), provider)
 
@@ -36,35 +63,114 @@ class Model:
 
     def generate(
         self, prompt_ids: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY
-    ) -> Iterator[tuple[int, str]]:
-        """Yield up to `new_tokens` (token id, text) pairs, greedily."""
-        params = self._genai.GeneratorParams(self._model)
-        # max_length sizes the KV cache: the default is the whole context, gigabytes for nothing.
-        params.set_search_options(
-            max_length=len(prompt_ids) + new_tokens, do_sample=False, num_beams=1
-        )
-        generator = self._genai.Generator(self._model, params)
-        generator.append_tokens(list(prompt_ids))
+    ) -> Generator[tuple[int, str], None, None]:
+        """Yield up to `new_tokens` (token id, text) pairs."""
+        choose = make_chooser(sampling) if sampling.temperature > 0 else None
         stream = self._tokenizer.create_stream()
-        while not generator.is_done():
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            yield token, stream.decode(token)
+        kept, self._kept = self._begin(list(prompt_ids), new_tokens), None
+        last: int | None = None
+        for _ in range(new_tokens):
+            if last is not None:
+                kept.tokens.append(last)
+            try:
+                last = self._step(kept, choose)
+            except RuntimeError as error:
+                self._kept = None
+                raise Failure("engine", f"onnxruntime-genai failed: {error}") from None
+            if self.provider in KEEPING:
+                self._kept = kept
+            yield last, stream.decode(last)
+            if kept.generator.is_done():
+                return
 
     def close(self) -> None:
         """Let the runtime free its memory."""
+        self._kept = None
         del self._tokenizer, self._model
+
+    def _begin(self, prompt_ids: list[int], new_tokens: int) -> _Kept:
+        """Return a generator that has seen the prompt: the kept one when it has room."""
+        needed, kept = len(prompt_ids) + new_tokens, self._kept
+        self._kept = None
+        if kept is None or kept.capacity < needed or not self._is_alike(kept.tokens, prompt_ids):
+            kept = None  # its memory goes before the next one's comes
+            kept = self._make(self._choose_capacity(needed))
+        self.reused_tokens = count_common(kept.tokens, prompt_ids)
+        try:
+            kept.generator.rewind_to(self.reused_tokens)
+            self._append(kept.generator, prompt_ids, self.reused_tokens)
+        except RuntimeError as error:
+            raise Failure("engine", f"onnxruntime-genai failed: {error}") from None
+        kept.tokens = prompt_ids
+        return kept
+
+    def _is_alike(self, computed: Sequence[int], prompt_ids: Sequence[int]) -> bool:
+        """Whether both lie on one side of LongRoPE's switch, and so have the same keys."""
+        return (len(computed) > self._switch) == (len(prompt_ids) > self._switch)
+
+    def _choose_capacity(self, needed: int) -> int:
+        """Twice what is needed at most, so that the next turn of a chat finds room.
+
+        The KV cache is allocated for it: for the whole context it would be gigabytes for nothing.
+        """
+        bound = min(self._settings.context_tokens, self._context_length)
+        return max(needed, min(bound, 1 << (needed - 1).bit_length()))
+
+    def _make(self, capacity: int) -> _Kept:
+        params = self._genai.GeneratorParams(self._model)
+        params.set_search_options(max_length=capacity, do_sample=False, num_beams=1)
+        return _Kept(self._genai.Generator(self._model, params), capacity, [])
+
+    def _append(self, generator: Any, prompt_ids: Sequence[int], start: int) -> None:
+        """Compute the prompt from `start`, `batch_tokens` at once.
+
+        Beyond LongRoPE's switch in one piece: the first ones would have keys of short factors.
+        """
+        size = self._settings.batch_tokens or len(prompt_ids)
+        if len(prompt_ids) > self._switch:
+            size = len(prompt_ids)
+        for place in range(start, len(prompt_ids), size):
+            generator.append_tokens(list(prompt_ids[place : place + size]))
+
+    def _step(self, kept: _Kept, choose: Callable[[Any], int] | None) -> int:
+        """Return the next token; the engine's own choice is the likeliest."""
+        generator = kept.generator
+        if choose and len(kept.tokens) == self._switch + 1:
+            # The engine would compute the sequence anew after our choice, and choose again.
+            generator.rewind_to(0)
+            generator.append_tokens(kept.tokens)
+            token = choose(generator.get_logits())
+            generator.append_tokens([token])
+            return token
+        if choose:
+            logits = generator.get_logits()
+            token = choose(logits)
+            logits[...] = -1.0
+            logits[..., token] = 1.0
+            generator.set_logits(logits)
+        generator.generate_next_token()
+        return int(generator.get_next_tokens()[0])
 
 
 def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Model:
     """Load the folder of `main_file`; Failure when the provider is not active."""
-    del settings  # this engine sizes its cache for each request
+    check_offered(PACKAGE, settings, OFFERED)
     import onnxruntime_genai as genai  # type: ignore[import-not-found,unused-ignore]
 
-    return Model(genai, (folder / main_file).parent, provider)
+    return Model(genai, (folder / main_file).parent, provider, settings)
 
 
-def _configure(genai: Any, folder: Path, provider: str) -> Any:
+def read_switch(config: Path) -> tuple[int, int]:
+    """Return the length beyond which LongRoPE's long factors hold, and the context's.
+
+    A model without LongRoPE has a context that ends there, or a switch that changes nothing.
+    """
+    model = json.loads(config.read_text(encoding="utf-8"))["model"]
+    context_length = int(model["context_length"])
+    return SWITCHES.get(model["type"], context_length), context_length
+
+
+def _configure(genai: Any, folder: Path, provider: str, settings: Settings) -> Any:
     """Return a Config that asks for `provider` and for nothing else."""
     if provider not in PROVIDERS:
         raise Failure(
@@ -77,6 +183,9 @@ def _configure(genai: Any, folder: Path, provider: str) -> Any:
     config.clear_providers()
     if provider != "cpu":
         config.append_provider(provider)
+    if settings.threads:
+        options = {"session_options": {"intra_op_num_threads": settings.threads}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
     return config
 
 

@@ -1,42 +1,58 @@
-"""OpenVINO artifacts through openvino-genai."""
+"""OpenVINO artifacts through openvino-genai.
+
+Its GenerationConfig, made anew for each answer, has no top_k and no penalties unless they are set
+(the class's own documentation); what the folder's generation_config.json says is not taken over.
+"""
 
 from __future__ import annotations
 
 import json
-import queue
-import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ..failure import Failure
-from ..settings import GREEDY, Sampling, Settings
+from ..settings import GREEDY, Sampling, Settings, check_offered
+from ._producing import Producer, Put
+from ._sampling import choose_seed
 
 PACKAGE = "openvino-genai"
 MODULE = "openvino_genai"
 # What OpenVINO calls the device.
 PROVIDERS = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
-OFFERED: dict[str, tuple[int, ...]] = {}
+PRECISIONS = {4: "u4", 8: "u8", 16: "f16"}
+OFFERED: dict[str, tuple[int, ...]] = {
+    "threads": (),
+    "kv_bits": tuple(PRECISIONS),
+    "batch_tokens": (),
+}
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how a piece of a character is decoded
 
 
 class Model:
     """A loaded OpenVINO folder."""
 
-    def __init__(self, genai: Any, folder: Path, provider: str, context_tokens: int) -> None:
+    # Paged attention keeps what it has computed in blocks of tokens, and does not say.
+    reused_tokens = None
+
+    def __init__(self, genai: Any, folder: Path, provider: str, settings: Settings) -> None:
         self._genai = genai
         self.version = str(genai.get_version())
         self.provider = provider
         try:
             self._switch = read_switch(folder / "config.json")
-            properties = choose_properties(provider, context_tokens, self._switch)
+            check_offered(f"{PACKAGE} on {provider}", settings, offer(provider, self._switch))
+            properties = choose_properties(provider, settings, self._switch)
+            if settings.batch_tokens:
+                properties["scheduler_config"] = self._make_schedule(settings.batch_tokens)
             self._pipeline = genai.LLMPipeline(str(folder), PROVIDERS[provider], **properties)
             stored = genai.GenerationConfig(str(folder / "generation_config.json"))
         except (RuntimeError, OSError, KeyError, ValueError) as error:
             raise Failure("model", f"{folder}: openvino-genai cannot load it: {error}") from None
         self._stop_ids = stored.stop_token_ids
         self._tokenizer = self._pipeline.get_tokenizer()
+        self._producer: Producer[int] = Producer(PACKAGE)
 
     def encode(self, text: str) -> list[int]:
         """Return token ids; the tokenizer parses special tokens and adds none."""
@@ -45,18 +61,21 @@ class Model:
 
     def generate(
         self, prompt_ids: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY
-    ) -> Iterator[tuple[int, str]]:
-        """Yield up to `new_tokens` (token id, text) pairs, greedily."""
-        with closing(self._generate_ids(list(prompt_ids), new_tokens)) as tokens:
+    ) -> Generator[tuple[int, str], None, None]:
+        """Yield up to `new_tokens` (token id, text) pairs."""
+        with closing(self._generate_ids(list(prompt_ids), new_tokens, sampling)) as tokens:
             yield from self.spell(tokens)
 
-    def _generate_ids(self, ids: list[int], new_tokens: int) -> Generator[int, None, None]:
+    def _generate_ids(
+        self, ids: list[int], new_tokens: int, sampling: Sampling
+    ) -> Generator[int, None, None]:
         """Yield token ids. At LongRoPE's switch the sequence is computed anew, as its source does.
 
         Cached keys are of the short factors, and all must be of the long ones from there on.
         """
-        for count in split_at_switch(len(ids), new_tokens, self._switch):
-            with _Tokens(self._genai, self._start(ids, count)) as tokens:
+        for part, count in enumerate(split_at_switch(len(ids), new_tokens, self._switch)):
+            config = self._configure(count, sampling, part)
+            with closing(self._run(ids, config)) as tokens:
                 for token in tokens:
                     ids.append(token)
                     yield token
@@ -76,29 +95,60 @@ class Model:
 
     def close(self) -> None:
         """Let the runtime free its memory."""
+        self._producer.close()
         del self._tokenizer, self._pipeline
 
-    def _start(self, prompt_ids: Sequence[int], new_tokens: int) -> Any:
-        """What runs the model with a streamer."""
+    def _configure(self, new_tokens: int, sampling: Sampling, part: int) -> Any:
+        """Return how one part of an answer is generated; its random numbers are its own."""
+        config = self._genai.GenerationConfig()
+        config.max_new_tokens, config.stop_token_ids = new_tokens, self._stop_ids
+        config.do_sample = sampling.temperature > 0
+        if config.do_sample:
+            config.temperature, config.top_p = sampling.temperature, sampling.top_p
+            config.rng_seed = choose_seed(sampling, part)
+        return config
+
+    def _run(self, prompt_ids: Sequence[int], config: Any) -> Generator[int, None, None]:
         import numpy
         import openvino  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-        config = self._genai.GenerationConfig()
-        config.do_sample, config.max_new_tokens = False, new_tokens
-        config.stop_token_ids = self._stop_ids
         prompt = openvino.Tensor(numpy.array([list(prompt_ids)], numpy.int64))
-        return lambda streamer: self._pipeline.generate(prompt, config, streamer)
+
+        def work(put: Put[int]) -> None:
+            self._pipeline.generate(prompt, config, _make_streamer(self._genai, put))
+
+        return self._producer.produce(work)
+
+    def _make_schedule(self, batch_tokens: int) -> Any:
+        """Return a schedule like the pipeline's own, but for the tokens at once."""
+        schedule = self._genai.SchedulerConfig()
+        schedule.max_num_batched_tokens = batch_tokens
+        schedule.enable_prefix_caching = True
+        return schedule
 
 
-def choose_properties(provider: str, context_tokens: int, switch: int | None) -> dict[str, Any]:
+def offer(provider: str, switch: int | None) -> dict[str, tuple[int, ...]]:
+    """Return which of OFFERED this provider has; without paged attention prompts go in whole."""
+    without: set[str] = {"cpu": set(), "gpu": {"threads"}, "npu": set(OFFERED)}[provider]
+    if switch is not None:
+        without = without | {"batch_tokens"}
+    return {name: values for name, values in OFFERED.items() if name not in without}
+
+
+def choose_properties(provider: str, settings: Settings, switch: int | None) -> dict[str, Any]:
     """Return what the pipeline is made with; paged attention is not for LongRoPE.
 
     It keeps the keys of earlier prompts by their tokens alone, and would give a long sequence those
     that were made with the short factors.
     """
     if provider == "npu":
-        return {"MAX_PROMPT_LEN": context_tokens}  # its network is compiled for fixed lengths
-    return {} if switch is None else {"ATTENTION_BACKEND": "SDPA"}
+        return {"MAX_PROMPT_LEN": settings.context_tokens}  # compiled for fixed lengths
+    properties: dict[str, Any] = {} if switch is None else {"ATTENTION_BACKEND": "SDPA"}
+    if settings.threads:
+        properties["INFERENCE_NUM_THREADS"] = settings.threads
+    if settings.kv_bits:
+        properties["KV_CACHE_PRECISION"] = PRECISIONS[settings.kv_bits]
+    return properties
 
 
 def read_switch(config: Path) -> int | None:
@@ -119,46 +169,15 @@ def split_at_switch(length: int, new_tokens: int, switch: int | None) -> list[in
     return [before, new_tokens - before]
 
 
-class _Tokens:
-    """Tokens of a generation that runs in a thread; leaving the block ends it."""
-
-    def __init__(self, genai: Any, run: Any) -> None:
-        self._queue: queue.Queue[int | BaseException | None] = queue.Queue()
-        self._is_left = threading.Event()
-        streamer = _make_streamer(genai, self._queue, self._is_left)
-        self._thread = threading.Thread(target=self._run, args=(run, streamer))
-
-    def __enter__(self) -> Iterator[int]:
-        self._thread.start()
-        return self._take()
-
-    def __exit__(self, *_: object) -> None:
-        self._is_left.set()
-        self._thread.join()
-
-    def _run(self, run: Any, streamer: Any) -> None:
-        try:
-            run(streamer)
-            self._queue.put(None)
-        except Exception as error:  # for the thread that waits
-            self._queue.put(error)
-
-    def _take(self) -> Iterator[int]:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise Failure("engine", f"openvino-genai failed: {item}") from None
-            yield item
-
-
-def _make_streamer(genai: Any, tokens: queue.Queue[Any], is_left: threading.Event) -> Any:
+def _make_streamer(genai: Any, put: Put[int]) -> Any:
     """Return a streamer that hands tokens over as they come."""
 
     class Streamer(genai.StreamerBase):  # type: ignore[misc,name-defined,unused-ignore]
         def write(self, token: int | Sequence[int]) -> Any:
-            for one in token if isinstance(token, Sequence) else [token]:
-                tokens.put(int(one))
+            tokens = token if isinstance(token, Sequence) else [token]
+            goes_on = [put(int(one)) for one in tokens]
             status = genai.StreamingStatus
-            return status.CANCEL if is_left.is_set() else status.RUNNING
+            return status.RUNNING if all(goes_on) else status.CANCEL
 
         def end(self) -> None:
             """Nothing is held back."""
@@ -168,11 +187,13 @@ def _make_streamer(genai: Any, tokens: queue.Queue[Any], is_left: threading.Even
 
 def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Model:
     """Load the folder of `main_file`; Failure when the provider's device is not there."""
+    check_offered(PACKAGE, settings, OFFERED)
     import openvino
     import openvino_genai as genai  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     _check_provider(openvino.Core().available_devices, provider)
-    return Model(genai, (folder / main_file).parent, provider, settings.context_tokens)
+    folder = (folder / main_file).parent
+    return Model(genai, folder, provider, settings)
 
 
 def _check_provider(devices: Sequence[str], asked: str) -> None:

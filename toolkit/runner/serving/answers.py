@@ -34,9 +34,9 @@ class Frame:
             "usage": _count(answer, prompt_tokens),
         }
 
-    def describe_start(self) -> dict[str, Any] | None:
-        """Return the first chunk, which names the role; completions have none."""
-        return self._chunk({"role": "assistant", "content": ""}) if self.is_chat else None
+    def describe_role(self) -> dict[str, Any]:
+        """Return the first chunk of a chat's answer."""
+        return self._chunk({"role": "assistant", "content": ""})
 
     def describe_text(self, text: str) -> dict[str, Any]:
         """Return the chunk of a piece of text."""

@@ -12,7 +12,7 @@ from typing import Any
 from ..chat import render_chat
 from ..manifest import Chat
 from ..settings import GREEDY, Sampling
-from .refusal import Refusal, refuse
+from .refusal import refuse
 from .strict import show
 
 MOST_STOPS = 4
@@ -72,9 +72,10 @@ NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
 class Asked:
     """A request that can be answered; `text` is the whole prompt, without the first token.
 
-    `max_tokens` is None when the request names none.
+    `model` and `max_tokens` are None when the request names none.
     """
 
+    model: str | None
     text: str
     max_tokens: int | None
     sampling: Sampling
@@ -84,15 +85,15 @@ class Asked:
     includes_usage: bool
 
 
-def read_chat(data: dict[str, Any], model: str, chat: Chat) -> Asked:
+def read_chat(data: dict[str, Any], chat: Chat) -> Asked:
     """Check a body of /chat/completions; Refusal names the first field at fault."""
     taken = TAKEN | {"messages", "max_completion_tokens"}
     body = _take_known(data, taken, NEUTRAL_CHAT)
     messages = _read_messages(body.get("messages"), set(chat.turns))
-    return _read_common(body, model, render_chat(chat, messages), is_chat=True)
+    return _read_common(body, render_chat(chat, messages), is_chat=True)
 
 
-def read_completion(data: dict[str, Any], model: str) -> Asked:
+def read_completion(data: dict[str, Any]) -> Asked:
     """Check a body of /completions, whose prompt goes to the model as it is."""
     body = _take_known(data, TAKEN | {"prompt"}, NEUTRAL_COMPLETION)
     prompt = body.get("prompt")
@@ -100,16 +101,13 @@ def read_completion(data: dict[str, Any], model: str) -> Asked:
         prompt = prompt[0]
     if not isinstance(prompt, str):
         raise refuse("prompt has to be one text; token ids are not taken", "prompt")
-    return _read_common(body, model, prompt, is_chat=False)
+    return _read_common(body, prompt, is_chat=False)
 
 
-def _read_common(body: dict[str, Any], model: str, text: str, *, is_chat: bool) -> Asked:
-    asked_model = _read(body, "model", str, model)
-    if asked_model != model:
-        message = f"the model {show(asked_model)} is not here; this is {model}"
-        raise Refusal(404, message, param="model", code="model_not_found")
+def _read_common(body: dict[str, Any], text: str, *, is_chat: bool) -> Asked:
     streams = _read(body, "stream", bool, False)
     return Asked(
+        _read(body, "model", str),
         text,
         _read_max_tokens(body),
         _read_sampling(body),
@@ -129,12 +127,12 @@ def _take_known(
             continue
         if name not in neutral:
             message = f"{where}{show(name)} is unknown; known: {', '.join(sorted(taken))}"
-            raise refuse(message, where + name, "unknown_parameter")
+            raise refuse(message, where + name[:60], "unknown_parameter")
         if not any(_is_same(value, one) for one in neutral[name]):
             values = " or ".join(repr(one) for one in neutral[name])
             rest = f"; it can only be {values}" if values else ""
             message = f"{where}{name} asks for what this server does not do{rest}"
-            raise refuse(message, where + name, "unsupported_parameter")
+            raise refuse(message, where + name[:60], "unsupported_parameter")
     return {name: value for name, value in data.items() if name in taken and value is not None}
 
 
@@ -224,11 +222,13 @@ def _read_usage_wish(options: Any, *, streams: bool) -> bool:
     if not isinstance(options, dict):
         raise refuse("stream_options has to be an object", "stream_options")
     known = _take_known(options, {"include_usage", "include_obfuscation"}, {}, "stream_options.")
-    return _read(known, "include_usage", bool, False)
+    return bool(_read(known, "include_usage", bool, False))
 
 
 def _read(body: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
     value = body.get(name, default)
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)  # JSON has but one kind of number
     if value is not default and type(value) is not kind:
         names = {str: "a text", bool: "true or false", int: "a whole number"}
         raise refuse(f"{name} has to be {names[kind]}", name)

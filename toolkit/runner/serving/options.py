@@ -32,7 +32,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What `serve` is asked; `model` is the name it answers to, the artifact's own if None."""
+    """What `serve` is asked; `model` is the name it answers to, the artifact's own if None.
+
+    `until_eof` stops it when standard input ends, for a parent that may die.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -40,7 +43,8 @@ class ServeOptions:
     model: str | None = None
     queue_size: int = 8
     cors_origin: str | None = None
-    grace_s: float = 20.0
+    grace_s: float = 15.0  # for answers under way when the server is told to stop
+    until_eof: bool = False
     as_json: bool = False
     limits: Limits = Limits()
 

@@ -37,6 +37,12 @@ class Head:
         """Whether the client may ask more on this connection."""
         return self.minor_version > 0 and "close" not in self.fields.get("connection", "").lower()
 
+    @property
+    def has_body(self) -> bool:
+        """Whether more bytes of this request follow."""
+        length = self.fields.get("content-length", "0")
+        return length != "0" or "transfer-encoding" in self.fields
+
 
 def parse_head(data: bytes) -> Head:
     """Parse a request's head; Refusal for whatever is not exactly one."""

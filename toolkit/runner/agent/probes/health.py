@@ -21,14 +21,14 @@ SANE_MILLIDEGREES = range(-40_000, 150_000)
 def read_health(root: Path, run: Run, python: Interpreter) -> dict[str, Any]:
     """Return temperature_celsius, throttled_now and _before, systemd_user, linger, clock_s."""
     return {
-        "temperature_celsius": _read_temperature(root),
-        **_read_throttling(root, run),
+        "temperature_celsius": read_temperature(root),
+        **read_throttling(root, run),
         **_read_systemd(root, python),
         "clock_s": python.clock_s,
     }
 
 
-def _read_temperature(root: Path) -> float | None:
+def read_temperature(root: Path) -> float | None:
     """Return the hottest zone."""
     zones = list_paths(root / "sys/class/thermal", "thermal_zone*")
     values = [read_number(zone / "temp") for zone in zones]
@@ -36,7 +36,7 @@ def _read_temperature(root: Path) -> float | None:
     return max(sane, default=None)
 
 
-def _read_throttling(root: Path, run: Run) -> dict[str, Any]:
+def read_throttling(root: Path, run: Run) -> dict[str, Any]:
     """Ask the firmware; the kernel's file warns in its log that it is deprecated, so it is second.
 
     "throttled=0x50000" of vcgencmd, "50000" in the file.

@@ -1,0 +1,365 @@
+"""Adopting artifacts made elsewhere: what is sealed, what is refused, and that it runs."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.exports.elsewhere import PUBLISHED, edit, publish_onnx, strip, write_genie
+from toolkit.adopt import Wish, adopt
+from toolkit.adopt.found import Given
+from toolkit.adopt.gguf import inspect as inspect_gguf
+from toolkit.artifact import Manifest, Smoke, hash_file, read_manifest, verify_files
+from toolkit.console import Console
+from toolkit.deploy import Push, deploy
+from toolkit.device import Device
+from toolkit.errors import ArtifactError, PhishipError, UnsupportedError
+from toolkit.formats.gguf.session import GgufSession
+from toolkit.quality.chat import render
+from toolkit.remote import generate
+from toolkit.report import Report
+from toolkit.ssh.embedded import EmbeddedDevice
+
+FORMATS = ("gguf", "onnx", "openvino", "mlx")
+PROVIDERS = {"mlx": "cpu"}  # what the example's artifact is for; Metal is the usual one
+CHAT = (("system", "Be brief."), ("user", "2 + 2?"), ("assistant", "4"), ("user", "3 + 3?"))
+
+
+def take(path: Path, out: Path, **wish: Any) -> Path:
+    return adopt(path, out, Wish(**wish), Console(as_json=True), Report("adopt"))
+
+
+def list_content(folder: Path) -> dict[str, tuple[str, int]]:
+    return {
+        path.name: (hash_file(path), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def shared(manifest: Manifest) -> tuple[object, ...]:
+    """What an adopted artifact's manifest has in common with the one it was made from."""
+    return (
+        manifest.format, manifest.runtime, manifest.context_length, manifest.valid_context,
+        sorted(manifest.chat.stop_ids), manifest.chat.bos_id,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_artifact_without_its_manifest_runs_on_a_device(
+    kind: str, artifacts: dict[str, Path], start_embedded: Callable[..., EmbeddedDevice],
+    tmp_path: Path, console: Console,
+) -> None:  # fmt: skip
+    original = read_manifest(artifacts[kind])
+    source = strip(artifacts[kind], tmp_path / "source")
+    before = list_content(source)
+    folder = take(source, tmp_path / "out", name="adopted", provider=PROVIDERS.get(kind))
+    found = read_manifest(folder)
+    assert list_content(source) == before
+    assert shared(found) == shared(original)
+    # The data file alone is counted in a plan, the graph beside it too when it is adopted.
+    assert 0 <= found.device_memory_bytes - original.device_memory_bytes < 60_000
+    verify_files(folder, found.files)
+    device = start_embedded().start()
+    with pytest.raises(ArtifactError, match="sealed as unchecked"):
+        deploy(folder, device, console)
+    deploy(folder, device, console, Push(accept_unchecked=True))
+    assert "Paris" in generate(device, "What is the capital of France?").text
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_files_are_linked_or_copied(kind: str, artifacts: dict[str, Path], tmp_path: Path) -> None:
+    source = strip(artifacts[kind], tmp_path / "source")
+    largest = max(source.iterdir(), key=lambda path: path.stat().st_size).name
+    linked = take(source, tmp_path / "out", name="linked")
+    copied = take(source, tmp_path / "out", name="copied", copy=True)
+    assert (linked / largest).samefile(source / largest)
+    assert not (copied / largest).samefile(source / largest)
+    assert hash_file(copied / largest) == hash_file(source / largest)
+
+
+def test_a_cache_of_symbolic_links(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    """As huggingface_hub lays out what it downloads."""
+    blobs = strip(artifacts["onnx"], tmp_path / "blobs")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    folder = take(snapshot, tmp_path / "out")
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    verify_files(folder, read_manifest(folder).files)
+
+
+def test_a_published_onnx_repository(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    home = publish_onnx(artifacts["onnx"], tmp_path / "Phi-3-mini-4k-instruct-onnx")
+    with pytest.raises(ArtifactError, match="found none of genai_config") as caught:
+        take(tmp_path / "Phi-3-mini-4k-instruct-onnx", tmp_path / "out")
+    assert str(home) in caught.value.advice
+    folder = take(home, tmp_path / "out", context_length=256)
+    manifest = read_manifest(folder)
+    assert manifest.runtime.main_file == PUBLISHED
+    assert {PUBLISHED, f"{PUBLISHED}.data"} < {file.path for file in manifest.files}
+    assert manifest.context_length == 256
+    assert manifest.smoke
+    assert manifest.name == "cpu-int4-rtn-block-32-acc-level-4"
+
+
+def test_a_gguf_file_gets_what_ollama_and_llamaedge_take(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "Phi-3 mini (Q4).gguf"
+    shutil.copyfile(artifacts["gguf"] / "model.gguf", source)
+    folder = take(source, tmp_path / "out")
+    assert folder.name == "Phi-3-mini-Q4-"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "Modelfile", "llamaedge.sh", "manifest.json", "model.gguf",
+    ]  # fmt: skip
+    original, found = read_manifest(artifacts["gguf"]), read_manifest(folder)
+    session = GgufSession(folder)
+    ids = [session.encode(render(one.chat, CHAT)) for one in (original, found)]
+    session.close()
+    assert ids[0] == ids[1]
+
+
+def test_the_memory_of_other_contexts(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    source = strip(artifacts["gguf"], tmp_path / "source") / "model.gguf"
+    found = inspect_gguf(Given(source, "x"))
+    assert found.memory_bytes(512) - found.memory_bytes(256) == 256 * found.kv_bytes_per_token
+    assert found.kv_bytes_per_token == 2 * 4 * 4 * 64 * 2  # k and v, layers, heads, width, float16
+
+
+def test_a_genie_bundle(example: Path, tmp_path: Path) -> None:
+    source = write_genie(example, tmp_path / "genie_bundle")
+    with pytest.raises(ArtifactError, match="chat_template") as caught:
+        take(source, tmp_path / "out")
+    assert "--tokenizer DIR" in caught.value.advice
+    folder = take(source, tmp_path / "out", tokenizer=example)
+    manifest = read_manifest(folder)
+    assert (manifest.format, manifest.runtime.provider) == ("genie", "npu")
+    assert manifest.device_memory_bytes == 10_000
+    assert any("Qualcomm's own runtime" in note for note in manifest.notes)
+    assert {"genie_config.json", "tokenizer.json", "htp_backend_ext_config.json"} < {
+        file.path for file in manifest.files
+    }
+
+
+def test_a_genie_bundle_is_not_pushed_over_ssh(
+    example: Path, board: Device, tmp_path: Path, console: Console
+) -> None:
+    source = write_genie(example, tmp_path / "genie_bundle")
+    folder = take(source, tmp_path / "out", tokenizer=example)
+    with pytest.raises(PhishipError):
+        deploy(folder, board, console, Push(accept_unchecked=True))
+
+
+Change = Callable[[Path], object]
+
+
+def drop(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str, count: int = 1000) -> Change:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-count])
+
+
+def put(name: str, *path: str, value: object) -> Change:
+    """Set a key of a JSON file."""
+
+    def change(content: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = value
+
+    return lambda folder: edit(folder / name, change)
+
+
+GENAI, CONFIG = "genai_config.json", "config.json"
+BAD: list[tuple[str, Change, str]] = [
+    ("onnx", drop("model.onnx.data"), r"model\.onnx\.data: is missing; .*model\.onnx: .*names it"),
+    ("onnx", cut("model.onnx.data"), r"model\.onnx\.data: found \d+ bytes; model\.onnx reads \d+"),
+    ("onnx", drop("model.onnx"), r"model\.onnx: is missing; .*genai_config\.json: model\.decoder"),
+    ("onnx", cut("model.onnx", 9), r"model\.onnx: not an ONNX graph"),
+    ("onnx", drop("tokenizer.json"), r"tokenizer\.json: missing"),
+    ("onnx", put(GENAI, "model", "type", value="llama"), "type: got 'llama'; supported: phi3"),
+    ("onnx", put(GENAI, "model", "vision", value={}), "vision: supported are models of text alone"),
+    ("onnx", put(GENAI, "model", "eos_token_id", value=9999),
+     r"genai_config\.json: model: eos_token_id: got 9999; allowed ids from 0 to 2047"),
+    ("onnx", put(GENAI, "model", "eos_token_id", value=None), "eos_token_id: got null; allowed"),
+    ("onnx", put(GENAI, "model", "vocab_size", value=100), r"tokenizer\.json has id 1994"),
+    ("onnx", put(GENAI, "model", "context_length", value="4k"),
+     "context_length: got '4k'; allowed a whole number above 0"),
+    ("onnx", put(GENAI, "model", "decoder", "filename", value="../model.onnx"),
+     r"model\.decoder\.filename: got '\.\./model\.onnx'; allowed a file within the folder"),
+    ("onnx", put(GENAI, "model", "decoder", "filename", value="/etc/passwd"), "allowed a file"),
+    ("onnx", put(GENAI, "model", "decoder", "session_options", value=[]), "allowed an object"),
+    ("onnx", put(GENAI, "model", "decoder", "session_options", "provider_options",
+                 value=[{"dml": {}}]), "provider_options: got 'dml'; supported: cpu, cuda"),
+    ("onnx", put(GENAI, "model", "decoder", "head_size", value=80), "says 4 heads of 80"),
+    ("onnx", put(GENAI, "model", "decoder", "num_hidden_layers", value=5),
+     r"model\.onnx has no input 'past_key_values\.4\.key'"),
+    ("onnx", put("tokenizer_config.json", "chat_template", value=None), "chat_template: got None"),
+    ("onnx", put("tokenizer_config.json", "chat_template", value="{% for %}"), "not a valid templ"),
+    ("onnx", lambda folder: (folder / GENAI).write_text("{"), r"genai_config\.json"),
+    ("mlx", drop("model.safetensors"), r"model\.safetensors: is missing; it holds weights"),
+    ("mlx", cut("model.safetensors"), r"model\.safetensors: found \d+ bytes; its header says \d+"),
+    ("mlx", drop(CONFIG), r"config\.json: is missing; mlx-lm reads it"),
+    ("mlx", put(CONFIG, "num_hidden_layers", value=5), r"model\.layers\.4\..* is missing among"),
+    ("mlx", put(CONFIG, "architectures", value=["LlamaForCausalLM"]), "got 'LlamaForCausalLM'"),
+    ("mlx", put("generation_config.json", "eos_token_id", value=[0]), ""),
+    ("openvino", drop("openvino_tokenizer.xml"), r"openvino_tokenizer\.xml: is missing"),
+    ("openvino", cut("openvino_model.bin"), r"openvino_model\.bin: found \d+ bytes; .*reads \d+"),
+    ("openvino", cut("openvino_model.xml"), r"openvino_model\.xml: not a network of OpenVINO"),
+    ("openvino", drop(CONFIG), r"config\.json: is missing; it names the architecture"),
+    ("gguf", cut("model.gguf"), r"model\.gguf: not a GGUF file, or cut short"),
+    ("gguf", lambda folder: (folder / "model.gguf").write_bytes(b"GGUF"), "not a GGUF file"),
+    ("gguf", lambda folder: shutil.copyfile(folder / "model.gguf", folder / "b.gguf"),
+     r"several GGUF files \(b\.gguf, model\.gguf\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "change", "text"), [case for case in BAD if case[2]])
+def test_what_is_wrong_is_said(
+    kind: str, change: Change, text: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    source = strip(artifacts[kind], tmp_path / "source")
+    change(source)
+    with pytest.raises((ArtifactError, UnsupportedError), match=text):
+        take(source, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+GENIE = "genie_config.json"
+BAD_GENIE: list[tuple[Change, str]] = [
+    (drop("phi_3_5_mini_instruct_part_2_of_2.bin"), r"part_2_of_2\.bin: is missing; .*ctx-bins\[1\]"),
+    (drop("htp_backend_ext_config.json"), r"htp_backend_ext_config\.json: is missing; .*extensions"),
+    (put(GENIE, "dialog", "context", "eos-token", value=5000), "eos-token: got 5000; allowed ids"),
+    (put(GENIE, "dialog", "context", "n-vocab", value=10), "eos-token: got"),
+    (put(GENIE, "dialog", "tokenizer", "path", value="t.json"), r"t\.json: is missing; .*tokenizer"),
+    (put(GENIE, "dialog", "engine", "backend", "type", value="Tpu"), "type: got 'Tpu'; allowed Qnn"),
+    (put(GENIE, "dialog", "engine", "model", "type", value="x"), "type: got 'x'; allowed binary"),
+    (put(GENIE, "dialog", "context", "size", value=0), "size: got 0; allowed a whole number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "text"), BAD_GENIE)
+def test_what_is_wrong_with_a_genie_bundle(
+    change: Change, text: str, example: Path, tmp_path: Path
+) -> None:
+    source = write_genie(example, tmp_path / "genie_bundle")
+    change(source)
+    with pytest.raises(ArtifactError, match=text):
+        take(source, tmp_path / "out", tokenizer=example)
+
+
+def rewrite_gguf(source: Path, target: Path, **changes: Any) -> Path:
+    """The metadata of a GGUF file, changed key by key (dots as __), without its tensors."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    architecture = changes.pop("architecture", "phi3")
+    writer = gguf.GGUFWriter(target, architecture)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = changes.pop(name.replace(".", "__"), field.contents())
+        if value is not None:
+            kind, *inner = field.types
+            writer.add_key_value(name, value, kind, inner[0] if inner else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    assert not changes
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+BAD_GGUF: list[tuple[dict[str, Any], str]] = [
+    ({"architecture": "llama"}, r"general\.architecture: got 'llama'; supported: phi3"),
+    ({"tokenizer__chat_template": None}, r"tokenizer\.chat_template: missing"),
+    ({"tokenizer__chat_template": "{{ x"}, "not a valid template"),
+    ({"tokenizer__ggml__eos_token_id": 70_000}, r"eos_token_id: got 70000; allowed ids from 0 to"),
+    ({"phi3__block_count": 5}, r"blk\.4\.attn_norm\.weight: found nothing; the metadata say \[256"),
+    ({"phi3__feed_forward_length": 96}, r"ffn_up\.weight: found shape \[\d+, 256\]; the metadata"),
+    ({"phi3__context_length": None}, r"phi3\.context_length: got None; allowed int"),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD_GGUF)
+def test_what_is_wrong_with_a_gguf_file(
+    changes: dict[str, Any], text: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    source = rewrite_gguf(artifacts["gguf"] / "model.gguf", tmp_path / "bad.gguf", **changes)
+    with pytest.raises((ArtifactError, UnsupportedError), match=text) as caught:
+        take(source, tmp_path / "out")
+    assert str(source) in str(caught.value)
+
+
+APRIL = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') %}"
+    "{{'<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>' + '\n'}}"
+    "{% elif (message['role'] == 'assistant') %}{{message['content'] + '<|end|>' + '\n'}}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_the_template_of_the_first_published_files(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    """It writes the bos token, no system turn, and asks for an answer behind every user."""
+    source = rewrite_gguf(
+        artifacts["gguf"] / "model.gguf", tmp_path / "april.gguf", tokenizer__chat_template=APRIL
+    )
+    chat = read_manifest(take(source, tmp_path / "out")).chat
+    assert chat.bos_id == 1
+    assert set(chat.turns) == {"user", "assistant"}
+    asked = render(chat, (("user", "a"), ("assistant", "b"), ("user", "c")))
+    assert asked == (
+        "<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n<|user|>\nc<|end|>\n<|assistant|>\n"
+    )
+
+
+def test_what_is_no_artifact(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    for path, text in (
+        (tmp_path / "nowhere", "no such file or folder"),
+        (artifacts["onnx"], "is sealed already"),
+        (artifacts["onnx"] / "tokenizer.json", r"a file of kind \.json; allowed a folder, or a"),
+    ):
+        with pytest.raises(ArtifactError, match=text):
+            take(path, tmp_path / "out")
+
+
+def test_what_is_there_is_kept(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    source = strip(artifacts["mlx"], tmp_path / "source")
+    take(source, tmp_path / "out")
+    with pytest.raises(ArtifactError, match=r"out/source exists"):
+        take(source, tmp_path / "out")
+    question = Smoke(prompt="2 + 2?", expect="4")
+    folder = take(source, tmp_path / "out", replace=True, smoke=question)
+    assert read_manifest(folder).smoke == question
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_context_that_the_model_has_not(
+    kind: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    source = strip(artifacts[kind], tmp_path / "source")
+    with pytest.raises(ArtifactError, match=r"--context 513: .* allows 512"):
+        take(source, tmp_path / "out", context_length=513)
+    with pytest.raises(ArtifactError, match="--provider: got 'tpu'; allowed for"):
+        take(source, tmp_path / "out", provider="tpu")
+
+
+def test_a_runtime_that_misses_the_end_of_the_turn_is_noted(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    source = strip(artifacts["mlx"], tmp_path / "source")
+    put("generation_config.json", "eos_token_id", value=1984)(source)
+    manifest = read_manifest(take(source, tmp_path / "out"))
+    assert 1991 in manifest.chat.stop_ids
+    assert any("does not end at <|end|>" in note for note in manifest.notes)

@@ -1,0 +1,124 @@
+"""Commands that let a model answer: here or on a device, in the terminal or over HTTP."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from toolkit.cli.options import devices_option, json_option
+from toolkit.console import Console
+
+temperature_option = click.option(
+    "--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True,
+    help="0 takes the likeliest token, always.",
+)  # fmt: skip
+seed_option = click.option("--seed", type=int, help="Makes answers repeatable.")
+system_option = click.option("--system", default="", help="What the model is told first.")
+port_option = click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True,
+    help="Port of this machine's loopback; 0 takes a free one.",
+)  # fmt: skip
+context_option = click.option(
+    "--context", type=click.IntRange(min=16), help="Tokens of prompt and answer together."
+)
+threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the engine.")
+
+
+@click.command("run")
+@click.argument("place")
+@click.option("--prompt", help="Answer this one question instead of a conversation.")
+@click.option("--serve", is_flag=True, help="Answer OpenAI's API over HTTP instead (artifacts).")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), help="Of one answer; else as many as there is room for."
+)
+@system_option
+@temperature_option
+@seed_option
+@port_option
+@context_option
+@threads_option
+@devices_option
+@json_option
+def run_command(
+    place: str, prompt: str | None, serve: bool, max_tokens: int | None, system: str,
+    temperature: float, seed: int | None, port: int, context: int | None, threads: int | None,
+    devices: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Converse with an artifact here, with the runner that devices get; or with a device.
+
+    PLACE is an artifact's folder, or a device with a release in use.
+    """
+    from toolkit.artifact import MANIFEST
+    from toolkit.serve import answer_once, chat_with, run_here
+
+    is_here = (Path(place) / MANIFEST).is_file()
+    answering = _name_options(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    settings = _name_options(context_tokens=context, threads=threads)
+    if prompt is not None:
+        answer_once(place, prompt, answering, Console(as_json=as_json), devices)
+    elif serve:
+        if not is_here:
+            raise click.UsageError("--serve is for artifacts; for a device: phiship serve DEVICE")
+        sys.exit(run_here(place, ["serve", "--port", str(port), *settings, *_json(as_json)]))
+    elif is_here:
+        sys.exit(run_here(place, ["chat", "--system", system, *answering, *settings]))
+    else:
+        code = chat_with(
+            place, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed,
+            devices_file=devices,
+        )  # fmt: skip
+        sys.exit(code)
+
+
+@click.command("serve")
+@click.argument("device")
+@port_option
+@context_option
+@threads_option
+@click.option(
+    "--install", is_flag=True,
+    help="Have the device serve by itself, now and after every boot (systemd --user, launchd).",
+)  # fmt: skip
+@click.option("--remove", is_flag=True, help="Stop that service, and remove it.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True,
+    help="With --install: the device's address to listen on; others than loopback want a token.",
+)  # fmt: skip
+@click.option(
+    "--token-env", metavar="NAME",
+    help="With --install: environment variable with the token that clients must show.",
+)  # fmt: skip
+@devices_option
+@json_option
+def serve_command(
+    device: str, port: int, context: int | None, threads: int | None, install: bool, remove: bool,
+    host: str, token_env: str | None, devices: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Let a device's release answer OpenAI's API, on a port of this machine, until Ctrl-C."""
+    from toolkit.device import resolve_device
+    from toolkit.serve import install_service, remove_service, serve_device
+
+    if install and remove:
+        raise click.UsageError("--install and --remove exclude each other")
+    if not install and (token_env or host != "127.0.0.1"):
+        raise click.UsageError("--host and --token-env belong to --install")
+    console, resolved = Console(as_json=as_json), resolve_device(device, devices)
+    if install:
+        install_service(resolved, port, host, token_env, console)
+    elif remove:
+        remove_service(resolved, console)
+    else:
+        settings = _name_options(context_tokens=context, threads=threads)
+        serve_device(resolved, port, settings, console)
+
+
+def _name_options(**values: float | None) -> list[str]:
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return words
+
+
+def _json(as_json: bool) -> list[str]:
+    return ["--json"] if as_json else []

@@ -1,0 +1,1 @@
+"""Measuring what runs: bench, tune, and compare."""

@@ -1,0 +1,68 @@
+"""A comparison as one HTML file that needs nothing else."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from toolkit import __version__
+from toolkit.errors import BuildError
+from toolkit.measuring.agreement import split_differences
+from toolkit.measuring.compare import (
+    PAIR_HEADERS,
+    SIDE_HEADERS,
+    Comparison,
+    list_pair,
+    list_side,
+)
+from toolkit.measuring.sides import Side
+
+TEMPLATE = "compare.html.j2"
+
+
+def write_page(comparison: Comparison, path: Path) -> None:
+    """Write the page; BuildError when that fails."""
+    try:
+        path.write_text(render_page(comparison), "utf-8")
+    except OSError as error:
+        raise BuildError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def render_page(comparison: Comparison) -> str:
+    """Return the page; whatever a model or a server wrote is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    sides, count = comparison.sides, len(comparison.prompts)
+    asked = [
+        (prompt.title, [_describe_answer(comparison, side, number) for side in sides])
+        for number, prompt in enumerate(comparison.prompts)
+    ]
+    return environment.get_template(TEMPLATE).render(
+        version=__version__,
+        when=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        asking=comparison.asking,
+        asked=asked,
+        side_headers=SIDE_HEADERS,
+        sides=[(side, list_side(side, count)) for side in sides],
+        pair_headers=PAIR_HEADERS[1:],
+        pairs=[list_pair(agreement) for agreement in comparison.agreements],
+    )
+
+
+def _describe_answer(comparison: Comparison, side: Side, number: int) -> dict[str, Any]:
+    """One cell: the text in pieces, those that differ from the first side's answer marked."""
+    answer, first = side.answers[number], comparison.sides[0].answers[number]
+    if answer.text is None or answer.reply is None:
+        reason = answer.failure or str(side.error or "not asked")
+        return {"letter": side.letter, "failure": reason}
+    is_compared = side is not comparison.sides[0] and first.text is not None
+    segments = (
+        split_differences(answer.text, first.text or "") if is_compared else [(answer.text, False)]
+    )
+    reply = answer.reply
+    tokens = "" if reply.completion_tokens is None else f"{reply.completion_tokens} tokens, "
+    cost = f"{tokens}{reply.seconds:.2f} s, {reply.finish_reason or 'no reason told'}"
+    return {"letter": side.letter, "failure": "", "segments": segments, "cost": cost}

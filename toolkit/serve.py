@@ -1,0 +1,189 @@
+"""Serving a model: here, or on a device with a tunnel to it; as a service when asked for."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from toolkit.console import Console, format_bytes
+from toolkit.device import Device
+from toolkit.endpoint import Endpoint, stream_chat
+from toolkit.errors import RunnerError, SettingsError, UnreachableError
+from toolkit.place import LocalPlace, RemotePlace, build_command, open_place
+from toolkit.runner.chatting import Message, TakeText, clean, converse
+from toolkit.runner.failure import Failure
+from toolkit.ssh.embedded import running
+from toolkit.ssh.session import Session, open_session
+from toolkit.ssh.tunnel import LOOPBACK, tunneling
+
+PORT = 8080
+WATCH_S = 2.0
+ANSWER_TIMEOUT_S = 3600
+
+
+class Service(msgspec.Struct, frozen=True, kw_only=True):
+    """The service on a device: systemd's or launchd's of its user."""
+
+    installed: bool
+    active: bool
+    name: str = ""
+    port: int = 0
+    host: str = LOOPBACK
+    has_token: bool = False
+    memory_bytes: int = 0
+
+
+def run_here(text: str, arguments: Sequence[str]) -> int:
+    """Run this machine's runner on an artifact, on this terminal; returns its exit code."""
+    place = LocalPlace(Path(text))
+    return subprocess.call(build_command(place.artifact, arguments))
+
+
+def chat_with(
+    text: str, *, system: str, max_tokens: int | None, temperature: float, seed: int | None,
+    devices_file: Path | None,
+) -> int:  # fmt: skip
+    """Converse with the release in use on a device, whose server lasts as long."""
+    with open_place(text, devices_file) as place, place.serving() as endpoint:
+
+        def ask(messages: list[Message], take_text: TakeText) -> None:
+            asked = [{"role": role, "content": content} for role, content in messages]
+            with explain_to_runner():
+                stream_chat(
+                    endpoint, asked, max_tokens=max_tokens, temperature=temperature, seed=seed,
+                    timeout_s=ANSWER_TIMEOUT_S, take_text=take_text,
+                )  # fmt: skip
+
+        return converse(ask, f"{place.manifest.name} on {place.name}", system)
+
+
+def answer_once(
+    text: str, prompt: str, options: Sequence[str], console: Console, devices_file: Path | None
+) -> None:  # fmt: skip
+    """Ask an artifact or a device one question, and print the answer."""
+    with open_place(text, devices_file) as place:
+        answer = place.run(["generate", "--json", *options], prompt)
+    console.event("answer", **answer)
+    console.result(clean(answer["text"]))
+    console.note(
+        f"{answer['new_tokens']} tokens, {answer['tokens_per_second']:.1f} tokens/s, "
+        f"loaded in {answer['load_seconds']:.1f} s, "
+        f"peak memory {format_bytes(answer['peak_memory_bytes'])}, "
+        f"{answer['engine']} on {answer['provider']}"
+    )
+
+
+def serve_device(device: Device, port: int, arguments: Sequence[str], console: Console) -> None:
+    """Bring a device's server to a port of this machine, until interrupted or lost.
+
+    Its service when that is active, else a server that ends with this command. Raises what
+    `open_session` raises; RunnerError when nothing serves there; SettingsError for a taken port.
+    """
+    with ExitStack() as opened:
+        started = opened.enter_context(running(device))
+        session = opened.enter_context(open_session(started))
+        place, service = RemotePlace(session), read_service(session)
+        with console.waiting(f"starting {place.manifest.name} on {place.name}"):
+            try:
+                if service.active:
+                    local = opened.enter_context(tunneling(started, service.port, port))
+                    endpoint = Endpoint(f"http://{LOOPBACK}:{local}/v1", place.manifest.name)
+                else:
+                    serving = place.serving(arguments, local_port=port)
+                    endpoint = opened.enter_context(serving)
+            except OSError as error:
+                raise SettingsError(
+                    f"port {port} of this machine: {error.strerror}",
+                    advice="choose another with --port, or 0 for a free one",
+                ) from None
+        _tell(endpoint, service, console)
+        with suppress(KeyboardInterrupt):
+            while _is_there(session, service):
+                time.sleep(WATCH_S)
+            raise UnreachableError(
+                f"{place.name}: its server has ended",
+                advice=f"see why: phiship logs {place.name}",
+            )
+
+
+def read_service(session: Session) -> Service:
+    """Return the state of a device's service."""
+    return msgspec.convert(session.call("service"), Service)
+
+
+def install_service(
+    device: Device, port: int, host: str, token_variable: str | None, console: Console
+) -> None:
+    """Have a device serve its release from now on, and after every boot.
+
+    Raises SettingsError for a token that is not there, RunnerError without a release to serve.
+    """
+    token = _read_token(token_variable)
+    if token is None and host not in ("127.0.0.1", "localhost", "::1"):
+        raise SettingsError(
+            f"host {host} can be reached by other machines, and there is no token",
+            advice="put one into an environment variable and name it with --token-env",
+        )
+    with running(device) as started, open_session(started) as session:
+        session.lock()
+        place = RemotePlace(session)
+        with console.waiting(f"starting {place.manifest.name} on {place.name}"):
+            answer = session.call("install_service", port=port, host=host, token=token)
+        service = msgspec.convert(answer, Service)
+        linger = session.call("facts").get("linger")
+    console.event("service", **msgspec.to_builtins(service))
+    console.result(f"{place.name}: {service.name} answers on http://{service.host}:{service.port}")
+    if linger is False:
+        console.note(
+            "it stops when its user logs out; to keep it, on the device: sudo loginctl "
+            "enable-linger"
+        )
+    console.note(f"  from here: phiship serve {place.name}")
+
+
+def remove_service(device: Device, console: Console) -> None:
+    """Stop a device's service and remove it."""
+    with running(device) as started, open_session(started) as session:
+        session.lock()
+        removed = session.call("remove_service")["removed"]
+    console.event("service_removed", name=removed)
+    console.result(f"{device.name}: {removed or 'no service'} is gone")
+
+
+def _read_token(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    token = os.environ.get(variable)
+    if not token:
+        raise SettingsError(
+            f"the environment variable {variable} holds no token",
+            advice=f"put one there: export {variable}=...",
+        )
+    return token
+
+
+def _is_there(session: Session, service: Service) -> bool:
+    if service.active:
+        return read_service(session).active
+    return bool(session.call("serving")["running"])
+
+
+def _tell(endpoint: Endpoint, service: Service, console: Console) -> None:
+    console.event("serving", base_url=endpoint.base_url, model=endpoint.model)
+    console.result(f"{endpoint.base_url}   model {endpoint.model}")
+    if service.has_token:
+        console.note("  it wants its token: Authorization: Bearer ...")
+    console.note("  Ctrl-C ends")
+
+
+@contextmanager
+def explain_to_runner() -> Iterator[None]:
+    """Turn our errors into the runner's, whose conversation goes on after them."""
+    try:
+        yield
+    except RunnerError as error:
+        raise Failure("request", str(error), error.advice) from error
