@@ -26,9 +26,10 @@ GROUPS = (
     {"catalog", "quality", "ssh"},
     {"plan", "source", "wheels"},
     {"check", "export", "preflight", "smoke"},
-    {"place", "remote", "runtime"},
+    {"remote", "runtime"},
+    {"place", "trial"},
     {"adopt", "build", "deploy", "howto"},
-    {"listing", "llamaedge", "measuring", "ollama", "parity", "ship"},
+    {"listing", "llamaedge", "measuring", "ollama", "parity", "serve", "ship"},
     {"cli"},
     {"__main__"},
 )

@@ -15,23 +15,18 @@ from toolkit.console import Console, format_bytes
 from toolkit.device import Device, Facts
 from toolkit.errors import (
     ArtifactError,
-    PhishipError,
     PreflightError,
-    RolledBackError,
-    RunnerError,
-    SmokeError,
-    StrandedError,
 )
 from toolkit.preflight import check_disk, check_facts, describe_facts, describe_needs, suggest
-from toolkit.remote import Status, read_facts
+from toolkit.remote import Status, read_facts, read_remote_manifest
 from toolkit.report import Report
 from toolkit.runtime import Choice, choose_runtime, install_runtime
-from toolkit.smoke import CURRENT, ask, check_answer, check_health, describe_limits, quote
 from toolkit.ssh.bundle import pack_runner
 from toolkit.ssh.carrier import Carrier, choose_carrier
 from toolkit.ssh.embedded import running
 from toolkit.ssh.session import Session, open_session
 from toolkit.ssh.transfer import Blob, Missing, find_missing, send_parts
+from toolkit.trial import put_into_use
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,10 @@ def deploy(
         if not push.dry_run:
             _transfer(session, missing, push, console, report)
             _stage(session, release, runtime, report)
-            _put_into_use(session, release.id, release.smoke, report, is_new=True)
+            put_into_use(
+                session, release.id, release.smoke, report,
+                need_bytes=release.manifest.device_memory_bytes, is_new=True,
+            )  # fmt: skip
             _prune(session, report)
     return report
 
@@ -104,9 +102,11 @@ def roll_back(
         _lock(session, report)
         with report.step("choose release") as step:
             release = _choose(device.name, msgspec.convert(session.call("status"), Status), to)
-            question = smoke or _read_question(session, release)
+            manifest = read_remote_manifest(session, release)
+            question = smoke or _find_question(device.name, manifest)
             step.measured = release
-        _put_into_use(session, release, question, report, is_new=False)
+        need_bytes = manifest.device_memory_bytes
+        put_into_use(session, release, question, report, need_bytes=need_bytes, is_new=False)
 
 
 def prepare_release(artifact: Path, push: Push) -> Release:
@@ -248,62 +248,11 @@ def _stage(session: Session, release: Release, runtime: Choice, report: Report) 
         step.measured = release.id + ("" if answer["created"] else " (was there)")
 
 
-def _put_into_use(
-    session: Session, release: str, smoke: Smoke, report: Report, *, is_new: bool
-) -> None:
-    """Smoke test, switch, health gate, confirm; a failure after the switch goes back."""
-    device = session.device
-    with report.step("smoke test", limit=f"contains {quote(smoke.expect)}") as step:
-        try:
-            staged = ask(session, release, smoke)
-            step.measured = f"{quote(smoke.prompt)}: {staged.describe()}"
-            check_answer(device.name, staged, smoke)
-        except (RunnerError, SmokeError):
-            if is_new:
-                session.call("discard", release=release)
-            raise
-    with report.step("switch") as step:
-        answer = session.call("switch", release=release)
-        before = answer["previous"] or "nothing"
-        step.measured = f"from {before}" if answer["changed"] else "was in use already"
-    try:
-        with report.step("health", limit=describe_limits(smoke, device.health)) as step:
-            answered = ask(session, CURRENT, smoke)
-            throttled = read_facts(session).throttled_now or ()
-            step.measured = f"{answered.describe()}{', throttled' if throttled else ''}"
-            check_answer(device.name, answered, smoke)
-            check_health(device.name, answered, staged, device.health, throttled)
-    except (RunnerError, SmokeError) as error:
-        if not answer["changed"]:
-            raise
-        _return(session, release, error, report)
-    with report.step("confirm") as step:
-        step.measured = session.call("confirm", release=release)["good"]
-
-
 def _prune(session: Session, report: Report) -> None:
     with report.step("prune") as step:
         pruned = session.call("prune")
         count, freed = len(pruned["releases"]), format_bytes(pruned["freed_bytes"])
         step.measured = f"{count} releases, {freed} freed"
-
-
-def _return(session: Session, release: str, reason: PhishipError, report: Report) -> None:
-    """Go back to the recorded good release, and raise what tells so."""
-    name = session.device.name
-    try:
-        with report.step("return") as step:
-            back = session.call("return")["current"]
-            step.measured = f"to {back or 'nothing'}"
-            session.call("discard", release=release)
-    except PhishipError as error:
-        raise StrandedError(
-            f"{reason}; and the way back failed: {error}",
-            advice=f"look at the device: phiship status {name}, then phiship rollback {name}",
-        ) from error
-    raise RolledBackError(
-        f"{reason}; the device is back on {back or 'nothing, as before'}", advice=reason.advice
-    ) from reason
 
 
 def _choose(device: str, status: Status, to: str | None) -> str:
@@ -318,12 +267,10 @@ def _choose(device: str, status: Status, to: str | None) -> str:
     return release
 
 
-def _read_question(session: Session, release: str) -> Smoke:
-    found = session.call("manifest", release=release)["manifest"]
-    smoke = msgspec.convert(found, Manifest).smoke
-    if smoke is None:
+def _find_question(device: str, manifest: Manifest) -> Smoke:
+    if manifest.smoke is None:
         raise ArtifactError(
-            f"{session.device.name}: {release} has no smoke test of its own",
+            f"{device}: {manifest.name} has no smoke test of its own",
             advice="give a question and a part of its answer: --prompt TEXT --expect TEXT",
         )
-    return smoke
+    return manifest.smoke

@@ -145,6 +145,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     throttled_before: tuple[str, ...] | None = None
     systemd_user: bool | None = None
     linger: bool | None = None
+    service_memory_bytes: int = 0
     clock_s: float | None = None
     engine: EngineFacts | None = None
 
@@ -152,11 +153,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     def usable_memory_bytes(self) -> int | None:
         """Available memory or the control group's rest, the smaller; None when neither is known.
 
-        Swap never counts: weights read from it again for every token are no use. On a Jetson the
+        With what our own service holds, for a push can pause it. Swap never counts: weights read from it again for every token are no use. On a Jetson the
         GPU takes from the same memory.
         """
         known = (self.memory_available_bytes, self.memory_limit_bytes)
-        return min((count for count in known if count is not None), default=None)
+        free_bytes = min((count for count in known if count is not None), default=None)
+        return None if free_bytes is None else free_bytes + self.service_memory_bytes
 
     @property
     def throttled(self) -> tuple[str, ...]:

@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
-
 from toolkit.artifact import MANIFEST, Manifest, read_manifest
 from toolkit.device import Device, resolve_device
 from toolkit.endpoint import Endpoint
 from toolkit.errors import ArtifactError, RunnerError
+from toolkit.remote import read_remote_manifest
 from toolkit.runner.agent import child
 from toolkit.runner.agent.server import Server
 from toolkit.runner.failure import Failure
@@ -92,8 +91,7 @@ class RemotePlace:
     def __init__(self, session: Session) -> None:
         self._session = session
         self.name = session.device.name
-        found = session.call("manifest", release=CURRENT)["manifest"]
-        self.manifest = msgspec.convert(found, Manifest)
+        self.manifest = read_remote_manifest(session, CURRENT)
 
     def run(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from toolkit.artifact import Smoke
+from toolkit.artifact import Manifest, Smoke
 from toolkit.device import Device, Facts
 from toolkit.smoke import CURRENT, Answer, ask
 from toolkit.ssh.embedded import running
@@ -37,6 +37,18 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     free_bytes: int
 
 
+class Service(msgspec.Struct, frozen=True, kw_only=True):
+    """The service on a device that serves its release: systemd's or launchd's of its user."""
+
+    installed: bool
+    active: bool
+    name: str = ""
+    port: int = 0
+    host: str = "127.0.0.1"
+    has_token: bool = False
+    memory_bytes: int = 0
+
+
 def probe(device: Device, engine: str = "") -> Facts:
     """Return a device's facts; with an engine's name, also whether it can be imported there."""
     with _session(device) as session:
@@ -46,6 +58,16 @@ def probe(device: Device, engine: str = "") -> Facts:
 def read_facts(session: Session, engine: str = "") -> Facts:
     """As `probe`, in a session that is open."""
     return msgspec.convert(session.call("facts", engine=engine), Facts)
+
+
+def read_service(session: Session) -> Service:
+    """Return the state of a device's service."""
+    return msgspec.convert(session.call("service"), Service)
+
+
+def read_remote_manifest(session: Session, release: str) -> Manifest:
+    """Return the manifest of a release; RunnerError when there is none."""
+    return msgspec.convert(session.call("manifest", release=release)["manifest"], Manifest)
 
 
 def read_status(device: Device) -> Status:

@@ -14,6 +14,7 @@ from toolkit.device import Device
 from toolkit.endpoint import Endpoint, stream_chat
 from toolkit.errors import RunnerError, SettingsError, UnreachableError
 from toolkit.place import LocalPlace, RemotePlace, build_command, open_place
+from toolkit.remote import Service, read_service
 from toolkit.runner.chatting import Message, TakeText, clean, converse
 from toolkit.runner.failure import Failure
 from toolkit.ssh.embedded import running
@@ -23,18 +24,6 @@ from toolkit.ssh.tunnel import LOOPBACK, tunneling
 PORT = 8080
 WATCH_S = 2.0
 ANSWER_TIMEOUT_S = 3600
-
-
-class Service(msgspec.Struct, frozen=True, kw_only=True):
-    """The service on a device: systemd's or launchd's of its user."""
-
-    installed: bool
-    active: bool
-    name: str = ""
-    port: int = 0
-    host: str = LOOPBACK
-    has_token: bool = False
-    memory_bytes: int = 0
 
 
 def run_here(text: str, arguments: Sequence[str]) -> int:
@@ -108,11 +97,6 @@ def serve_device(device: Device, port: int, arguments: Sequence[str], console: C
                 f"{place.name}: its server has ended",
                 advice=f"see why: phiship logs {place.name}",
             )
-
-
-def read_service(session: Session) -> Service:
-    """Return the state of a device's service."""
-    return msgspec.convert(session.call("service"), Service)
 
 
 def install_service(

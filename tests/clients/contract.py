@@ -8,6 +8,7 @@ from typing import Any
 Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string"}
+FULL_TEXT: Schema = {"type": "string", "minLength": 1}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 FALSE: Schema = {"enum": [False, None]}
 EMPTY_LIST: Schema = {"type": ["array", "null"], "maxItems": 0}
@@ -27,19 +28,17 @@ def make_object(properties: Schema, required: list[str] | None = None) -> Schema
     }
 
 
-def make_list(items: Schema, most: int) -> Schema:
-    return {"type": "array", "minItems": 1, "maxItems": most, "items": items}
-
-
-def short_text(most: int = 40) -> Schema:
-    return {"type": "string", "minLength": 1, "maxLength": most}
+def make_list(items: Schema, most: int | None = None) -> Schema:
+    made = {"type": "array", "minItems": 1, "items": items}
+    return made if most is None else {**made, "maxItems": most}
 
 
 def common(model: str) -> Schema:
     """What both kinds of requests take."""
     return {
         "model": {"enum": [model, None]},
-        "max_tokens": {"type": ["integer", "null"], "minimum": 1, "maximum": 8},
+        # What fits depends on the prompt; these always do, and a range would be tried at its end.
+        "max_tokens": {"enum": [1, 2, 3, 5, 8, None]},
         "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
         "top_p": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
         "seed": {"type": ["integer", "null"], "minimum": -(2**63), "maximum": 2**63 - 1},
@@ -59,7 +58,7 @@ def chat(model: str) -> Schema:
     message = make_object(
         {
             "role": ROLE,
-            "content": {"anyOf": [{"type": "string", "maxLength": 40}, make_list(part, 2)]},
+            "content": {"anyOf": [TEXT, make_list(part)]},
             "name": ANYTHING,
             "refusal": {"type": "null"},
             "tool_calls": EMPTY_LIST,
@@ -67,7 +66,7 @@ def chat(model: str) -> Schema:
         ["role", "content"],
     )
     own = {
-        "messages": make_list(message, 3),
+        "messages": make_list(message),
         "response_format": {"enum": [{"type": "text"}, None]},
         "logprobs": FALSE,
         "tools": EMPTY_LIST,
@@ -77,7 +76,7 @@ def chat(model: str) -> Schema:
 
 
 def completion(model: str) -> Schema:
-    prompt = {"anyOf": [short_text(), make_list(short_text(), 1)]}
+    prompt = {"anyOf": [FULL_TEXT, make_list(FULL_TEXT, 1)]}
     return make_object({**common(model), "prompt": prompt}, ["prompt"])
 
 
@@ -101,7 +100,7 @@ def answer(model: str, kind: str, content: Schema) -> Schema:
 def error() -> Schema:
     maybe = {"type": ["string", "null"]}
     kinds = {"enum": ["invalid_request_error", "rate_limit_error"]}
-    inner = make_object({"message": short_text(1000), "type": kinds, "param": maybe, "code": maybe})
+    inner = make_object({"message": FULL_TEXT, "type": kinds, "param": maybe, "code": maybe})
     return make_object({"error": inner})
 
 

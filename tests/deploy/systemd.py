@@ -26,7 +26,8 @@ def user_systemd(home: Path) -> Iterator[Mapping[str, str]]:
         pytest.skip("systemd --user needs root, unshare and the package systemd here")
     runtime = home / "run"
     runtime.mkdir(parents=True, mode=0o700)
-    environment = {"XDG_RUNTIME_DIR": str(runtime), "HOME": str(home)}
+    places = {"XDG_RUNTIME_DIR": runtime, "HOME": home, "XDG_CONFIG_HOME": home / ".config"}
+    environment = {name: str(path) for name, path in places.items()}
     log = home / "systemd.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(

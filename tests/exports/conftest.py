@@ -35,8 +35,8 @@ def start_embedded(
         monkeypatch.delenv(name, raising=False)
     made: list[EmbeddedDevice] = []
 
-    def make(**options: object) -> EmbeddedDevice:
-        made.append(EmbeddedDevice(tmp_path / "embedded", **options))
+    def make() -> EmbeddedDevice:
+        made.append(EmbeddedDevice(tmp_path / "embedded"))
         return made[-1]
 
     yield make

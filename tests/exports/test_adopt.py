@@ -20,7 +20,6 @@ from toolkit.formats.gguf.session import GgufSession
 from toolkit.quality.chat import render
 from toolkit.remote import generate
 from toolkit.report import Report
-from toolkit.ssh.embedded import EmbeddedDevice
 
 FORMATS = ("gguf", "onnx", "openvino", "mlx")
 PROVIDERS = {"mlx": "cpu"}  # what the example's artifact is for; Metal is the usual one
@@ -48,10 +47,9 @@ def shared(manifest: Manifest) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_an_artifact_without_its_manifest_runs_on_a_device(
-    kind: str, artifacts: dict[str, Path], start_embedded: Callable[..., EmbeddedDevice],
-    tmp_path: Path, console: Console,
-) -> None:  # fmt: skip
+def test_an_artifact_gets_the_manifest_it_had(
+    kind: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
     original = read_manifest(artifacts[kind])
     source = strip(artifacts[kind], tmp_path / "source")
     before = list_content(source)
@@ -59,14 +57,21 @@ def test_an_artifact_without_its_manifest_runs_on_a_device(
     found = read_manifest(folder)
     assert list_content(source) == before
     assert shared(found) == shared(original)
+    assert not found.quality.checked
     # The data file alone is counted in a plan, the graph beside it too when it is adopted.
     assert 0 <= found.device_memory_bytes - original.device_memory_bytes < 60_000
     verify_files(folder, found.files)
-    device = start_embedded().start()
+
+
+@pytest.mark.parametrize("kind", ["gguf", "onnx"])  # the others' engines take 10 s each to start
+def test_an_artifact_without_its_manifest_runs_on_a_device(
+    kind: str, artifacts: dict[str, Path], board: Device, tmp_path: Path, console: Console
+) -> None:
+    folder = take(strip(artifacts[kind], tmp_path / "source"), tmp_path / "out")
     with pytest.raises(ArtifactError, match="sealed as unchecked"):
-        deploy(folder, device, console)
-    deploy(folder, device, console, Push(accept_unchecked=True))
-    assert "Paris" in generate(device, "What is the capital of France?").text
+        deploy(folder, board, console)
+    deploy(folder, board, console, Push(accept_unchecked=True))
+    assert "Paris" in generate(board, "What is the capital of France?").text
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -188,7 +193,7 @@ BAD: list[tuple[str, Change, str]] = [
     ("onnx", put(GENAI, "model", "eos_token_id", value=9999),
      r"genai_config\.json: model: eos_token_id: got 9999; allowed ids from 0 to 2047"),
     ("onnx", put(GENAI, "model", "eos_token_id", value=None), "eos_token_id: got null; allowed"),
-    ("onnx", put(GENAI, "model", "vocab_size", value=100), r"tokenizer\.json has id 1994"),
+    ("onnx", put(GENAI, "model", "vocab_size", value=1993), r"tokenizer\.json has id 1994"),
     ("onnx", put(GENAI, "model", "context_length", value="4k"),
      "context_length: got '4k'; allowed a whole number above 0"),
     ("onnx", put(GENAI, "model", "decoder", "filename", value="../model.onnx"),
@@ -208,7 +213,6 @@ BAD: list[tuple[str, Change, str]] = [
     ("mlx", drop(CONFIG), r"config\.json: is missing; mlx-lm reads it"),
     ("mlx", put(CONFIG, "num_hidden_layers", value=5), r"model\.layers\.4\..* is missing among"),
     ("mlx", put(CONFIG, "architectures", value=["LlamaForCausalLM"]), "got 'LlamaForCausalLM'"),
-    ("mlx", put("generation_config.json", "eos_token_id", value=[0]), ""),
     ("openvino", drop("openvino_tokenizer.xml"), r"openvino_tokenizer\.xml: is missing"),
     ("openvino", cut("openvino_model.bin"), r"openvino_model\.bin: found \d+ bytes; .*reads \d+"),
     ("openvino", cut("openvino_model.xml"), r"openvino_model\.xml: not a network of OpenVINO"),
@@ -220,7 +224,7 @@ BAD: list[tuple[str, Change, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "change", "text"), [case for case in BAD if case[2]])
+@pytest.mark.parametrize(("kind", "change", "text"), BAD)
 def test_what_is_wrong_is_said(
     kind: str, change: Change, text: str, artifacts: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -234,12 +238,12 @@ def test_what_is_wrong_is_said(
 
 GENIE = "genie_config.json"
 BAD_GENIE: list[tuple[Change, str]] = [
-    (drop("phi_3_5_mini_instruct_part_2_of_2.bin"), r"part_2_of_2\.bin: is missing; .*ctx-bins\[1\]"),
-    (drop("htp_backend_ext_config.json"), r"htp_backend_ext_config\.json: is missing; .*extensions"),
+    (drop("phi_3_5_mini_instruct_part_2_of_2.bin"), r"is missing; .*ctx-bins\[1\]"),
+    (drop("htp_backend_ext_config.json"), r"is missing; .*backend\.extensions"),
     (put(GENIE, "dialog", "context", "eos-token", value=5000), "eos-token: got 5000; allowed ids"),
     (put(GENIE, "dialog", "context", "n-vocab", value=10), "eos-token: got"),
-    (put(GENIE, "dialog", "tokenizer", "path", value="t.json"), r"t\.json: is missing; .*tokenizer"),
-    (put(GENIE, "dialog", "engine", "backend", "type", value="Tpu"), "type: got 'Tpu'; allowed Qnn"),
+    (put(GENIE, "dialog", "tokenizer", "path", value="t.json"), r"t\.json: is missing"),
+    (put(GENIE, "dialog", "engine", "backend", "type", value="Tpu"), "got 'Tpu'; allowed Qnn"),
     (put(GENIE, "dialog", "engine", "model", "type", value="x"), "type: got 'x'; allowed binary"),
     (put(GENIE, "dialog", "context", "size", value=0), "size: got 0; allowed a whole number"),
 ]  # fmt: skip

@@ -225,6 +225,7 @@ def test_prompts_that_are_none(tmp_path: Path, name: str, content: bytes, words:
         ("a b\n c d", "a  b c d ", 1.0, None),
         ("a b c d", "a b x d", 6 / 8, 3),
         ("a b", "a b c d", 4 / 6, 3),
+        ("a b", "b a", 2 / 4, 1),
         ("", "a", 0.0, 1),
         ("", "", 1.0, None),
         ("A b", "a b", 2 / 4, 1),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from toolkit.runner import benching
+from toolkit.runner.answer import encode_chat
 from toolkit.runner.benching import Work, bench, make_prompt, summarize
 from toolkit.runner.failure import Failure
 from toolkit.runner.loading import loading
@@ -173,3 +174,20 @@ def test_the_line_prints_progress_then_the_result(artifacts: dict[str, Path]) ->
     bad = run_line(artifacts["gguf"], "--json", "--prompt-tokens", "8,x")
     assert bad.returncode == 1
     assert "8,x" in json.loads(bad.stdout)["error"]["message"]
+
+
+def test_answers_that_end_early_are_asked_again_with_another_prompt(
+    artifacts: dict[str, Path],
+) -> None:
+    """A question is answered with some seven tokens; a text goes on."""
+    with loading(artifacts["onnx"], Settings(512)) as loaded:
+        question = encode_chat(loaded, [("user", "What is the capital of France?")])
+        text = loaded.model.encode(benching.PROBE_TEXT)
+
+        def count(*prompts: list[int]) -> int:
+            return int(benching._measure_whole(loaded, iter(prompts), 32)["new_tokens"])
+
+        short = count(question)
+        assert 1 < short < 32
+        assert count(question, text) == 32
+        assert count(question, question, question, text) == short  # enough is enough

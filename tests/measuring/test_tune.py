@@ -1,7 +1,9 @@
 """`phiship tune`: what it tries, what it keeps, and what it must never keep."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy as copy_deeply
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,15 @@ from toolkit.runner.settings import read_settings
 FEW = ("--prompt-tokens", "8,40", "--new-tokens", "8", "--repeat", "1")
 
 
+SETTINGS = ("context-tokens", "threads", "kv-bits", "batch-tokens")
+TEMPLATES: dict[str, dict[str, Any]] = {}
+
+
 class Steered(LocalPlace):
-    """An artifact's folder whose real measurements are changed as a test says."""
+    """An artifact's folder whose measurements a test steers, to see what the search makes of them.
+
+    One measurement of each artifact is real; the others are that one with other settings.
+    """
 
     def __init__(self, artifact: Path, change: Callable[[dict[str, Any]], None]) -> None:
         super().__init__(artifact)
@@ -30,10 +39,20 @@ class Steered(LocalPlace):
         self.asked: list[Sequence[str]] = []
 
     def run(self, arguments: Sequence[str], stdin: str = "", **options: Any) -> dict[str, Any]:
-        found = super().run(arguments, stdin, **options)
+        if arguments[0] != "bench":
+            return super().run(arguments, stdin, **options)
         self.asked.append(arguments)
-        if arguments[0] == "bench":
-            self.change(found)
+        if self.name not in TEMPLATES:
+            TEMPLATES[self.name] = super().run(arguments, stdin, **options)
+            assert TEMPLATES[self.name]["judged"]
+        found = copy_deeply(TEMPLATES[self.name])
+        words = dict(itertools.pairwise(arguments))
+        for name in SETTINGS:
+            value = words.get(f"--{name}")
+            found["settings"][name.replace("-", "_")] = int(value) if value else None
+        if "--ask" not in arguments:
+            found["judged"] = None
+        self.change(found)
         return found
 
 
@@ -54,14 +73,14 @@ def kept(artifact: Path) -> dict[str, Any]:
 
 
 def test_the_line_tries_everything_and_keeps_the_winner(copy: Callable[[str], Path]) -> None:
-    artifact = copy("gguf")
-    done = run("tune", str(artifact), *FEW, "--for", "balanced", "--json")
+    artifact = copy("onnx")
+    done = run("tune", str(artifact), *FEW, "--json")
     assert done.returncode == 0, done.stderr
     found = events(done)
     spaces = next(event for event in found if event["event"] == "space")
-    assert set(spaces) == {"event", "place", "threads", "kv_bits", "batch_tokens"}
+    assert set(spaces) == {"event", "place", "threads"}
     tries = [event for event in found if event["event"] == "try"]
-    assert len(tries) >= 4
+    assert len(tries) >= 2
     assert all(one["tokens_per_second"] > 0 for one in tries)
     tuned = found[-1]
     assert tuned["event"] == "tuned"
@@ -85,7 +104,7 @@ def test_a_dry_run_shows_the_space_and_measures_nothing(copy: Callable[[str], Pa
 
 
 def test_on_a_device_the_release_keeps_them(board: dict[str, str]) -> None:
-    done = run("tune", "embedded", *FEW, "--for", "memory", "--json", **board)
+    done = run("tune", "embedded", *FEW, "--json", **board)
     assert done.returncode == 0, done.stderr
     settings = events(done)[-1]["settings"]
     files = list(Path(board["PHISHIP_EMBEDDED_ROOT"]).rglob("settings.json"))
@@ -132,7 +151,7 @@ def test_a_cache_that_changes_tokens_is_not_kept(copy: Callable[[str], Path]) ->
     def change(found: dict[str, Any]) -> None:
         small = found["settings"]["kv_bits"] == 8
         set_rates(found, 500 if small else 100)
-        if small:
+        if small and found["judged"]:
             ids = found["judged"]["next_ids"]
             found["judged"]["next_ids"] = [-7] * 3 + ids[3:]  # 3 of 24 differ: less than 90 %
 

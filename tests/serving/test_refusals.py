@@ -174,7 +174,7 @@ def test_a_surrogate_pair_is_a_character(server: Server) -> None:
 
 
 def test_many_keys_are_read_in_time(server: Server) -> None:
-    names = [f"key{number}" for number in range(150_000)]
+    names = [f"key{number}" for number in range(60_000)]
     body = json.dumps(dict.fromkeys(names, 1)).encode()[:-1] + b', "key1": 2}'
     assert "twice" in check_refusal(server.ask("POST", CHAT, body))["message"]
 

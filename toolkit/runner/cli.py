@@ -17,7 +17,8 @@ from .chatting import chat
 from .describing import describe
 from .failure import Failure
 from .generate import generate
-from .settings import Sampling, store_settings
+from .settings import Sampling
+from .tuning import store_settings
 
 SETTINGS = {
     "threads": "threads of the engine, instead of its own choice",

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .agent.durable import write_json
 from .failure import Failure
 
 # Beside the manifest; `tune` writes it, for the machine it lies on alone.
@@ -69,17 +68,6 @@ def read_settings(artifact: Path, context_length: int, **given: int | None) -> S
     return Settings(**{"context_tokens": context_length, **stored, **chosen})
 
 
-def store_settings(artifact: Path, text: str) -> dict[str, Any]:
-    """Keep the JSON of a settings file beside the manifest, durably; Failure when it is none.
-
-    The file belongs to this machine: an artifact's digest and a push leave it out.
-    """
-    path = artifact / FILE
-    _parse(text, "the settings")
-    write_json(path, json.loads(text))
-    return {"stored": str(path)}
-
-
 def _read_file(path: Path) -> dict[str, int]:
     return _parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
 
@@ -91,7 +79,7 @@ def _parse(text: str, where: str) -> dict[str, int]:
         if not set(data) <= known or not all(_is_count(value) for value in data.values()):
             raise ValueError(f"{data}; allowed: counts of {', '.join(sorted(known))}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        advice = "remove the file, or write it anew: phiship tune"
+        advice = "remove it with: phiship tune --reset"
         raise Failure("settings", f"{where}: damaged: {error!r}", advice) from error
     return {name: value for name, value in data.items() if value is not None}
 

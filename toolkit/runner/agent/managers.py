@@ -60,7 +60,8 @@ class Systemd:
 
     def remove(self) -> None:
         """Stop it and remove the unit."""
-        self._call("disable", "--now", self.name)
+        self._call("stop", self.name, check=False)  # it may never have been loaded
+        self._call("disable", self.name)
         self._path.unlink(missing_ok=True)
         self._call("daemon-reload")
 
@@ -74,8 +75,12 @@ class Systemd:
         self._call("restart", self.name)
 
     def has_failed(self) -> bool:
-        """Whether it has ended, and will not start again by itself."""
-        return self._call("is-active", self.name, check=False) not in ("active", "activating")
+        """Whether it has ended since `restart`, even if it starts again by itself."""
+        properties = ("--property=ActiveState", "--property=NRestarts")
+        found = self._call("show", *properties, self.name, check=False).splitlines()
+        return "NRestarts=0" not in found or not {
+            "ActiveState=active", "ActiveState=activating", "ActiveState=reloading",
+        }.intersection(found)  # fmt: skip
 
     def find_pid(self) -> int | None:
         """Return its process; None when it does not run."""

@@ -61,7 +61,7 @@ def serve(root: str) -> int:
         stdout.send({"error": failure.to_json()})
         return 1
     with _beating(agent, stdout), contextlib.ExitStack() as ending:
-        ending.callback(server.stop_server, agent)
+        ending.callback(_end, agent)
         for line in iter(stdin.readline, b""):
             request = json.loads(line)
             name = request.pop("call")
@@ -72,6 +72,13 @@ def serve(root: str) -> int:
                 if name == "receive":  # bytes that nobody wants any more are still to come
                     return 1
     return 0
+
+
+def _end(agent: Agent) -> None:
+    """Leave nothing behind that only this connection wanted."""
+    server.stop_server(agent)
+    if agent.lock:
+        service.resume_service(agent.layout)
 
 
 def _answer(agent: Agent, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -88,11 +95,14 @@ def _answer(agent: Agent, name: str, arguments: dict[str, Any]) -> dict[str, Any
 def _lock(agent: Agent, owner: str) -> dict[str, Any]:
     """Become the only push, and make whole what an earlier one left."""
     agent.lock = lock.take(agent.layout, owner)
-    return releases.recover(agent.layout)
+    recovered = releases.recover(agent.layout)
+    service.resume_service(agent.layout)
+    return recovered
 
 
 def _facts(agent: Agent, engine: str = "", python: str = sys.executable) -> dict[str, Any]:
     found = facts.read_facts(agent.layout)
+    found["service_memory_bytes"] = service.read_service(agent.layout)["memory_bytes"]
     if engine:
         module = engines.find_engine(engine)
         imported = child.import_engine(module.MODULE, python)

@@ -6,6 +6,7 @@ has failed before it serves; so a release that crashes its server is left by the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -20,6 +21,7 @@ from .child import read_log
 from .durable import sync_folder, write_json
 from .layout import Layout
 from .managers import find_manager
+from .releases import read_link
 
 READY_TIMEOUT_S = 600  # a board may read gigabytes from a card first
 POLL_S = 0.5
@@ -62,7 +64,7 @@ def remove_service(layout: Layout) -> dict[str, Any]:
 def read_service(layout: Layout) -> dict[str, Any]:
     """Return whether the service is installed and active, its name, port and memory."""
     if not layout.service.exists():
-        return {"installed": False, "active": False}
+        return {"installed": False, "active": False, "memory_bytes": 0}
     manager, stored = find_manager(layout), _read_stored(layout)
     pid = manager.find_pid()
     return {
@@ -77,14 +79,23 @@ def read_service(layout: Layout) -> dict[str, Any]:
 
 
 def stop_service(layout: Layout) -> dict[str, Any]:
-    """Stop the service until it is started again or the device boots."""
+    """Stop the service until it is started again, the push ends, or the device boots."""
+    write_json(layout.service, {**_read_stored(layout), "is_paused": True})
     find_manager(layout).stop()
     return read_service(layout)
+
+
+def resume_service(layout: Layout) -> None:
+    """Start a service that a push has paused; whatever goes wrong is in its log."""
+    if layout.service.exists() and _read_stored(layout).get("is_paused"):
+        with contextlib.suppress(Failure):
+            restart_service(layout)
 
 
 def restart_service(layout: Layout) -> dict[str, Any]:
     """Start the service anew and wait until it answers; Failure with its last words otherwise."""
     manager, stored = find_manager(layout), _read_stored(layout)
+    release = read_link(layout.current)
     manager.restart()
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     while not _is_ready(stored):
@@ -96,6 +107,10 @@ def restart_service(layout: Layout) -> dict[str, Any]:
                 "look into it: phiship logs DEVICE",
             )
         time.sleep(POLL_S)
+    if read_link(layout.current) != release:
+        raise Failure("service", f"{release} does not serve; the service is back on the good one")
+    if stored.get("is_paused"):
+        write_json(layout.service, {**stored, "is_paused": False})
     return read_service(layout)
 
 

@@ -195,7 +195,9 @@ def _read_sampling(body: dict[str, Any]) -> Sampling:
     """Greedy unless the request says otherwise; top_p alone asks for temperature 1."""
     top_p = _read_number(body, "top_p", 1.0, 1.0)
     temperature = _read_number(body, "temperature", 0.0 if top_p == 1 else 1.0, 2.0)
-    seed = _read(body, "seed", int, None)
+    seed = _read(body, "seed", int)
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise refuse("seed has to be a number of 64 bits", "seed")
     if temperature < LOWEST_TEMPERATURE or top_p == 0:
         return GREEDY
     return Sampling(temperature, top_p, None if seed is None else seed % SEEDS)

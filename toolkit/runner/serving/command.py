@@ -8,14 +8,20 @@ from pathlib import Path
 from ..loading import loading
 from ..manifest import read_manifest
 from ..settings import read_settings
-from .options import ServeOptions, open_listener, read_token
+from .options import Limits, ServeOptions, open_listener, read_token
 from .server import serve
+
+# A token of text, escaped as JSON allows; longer bodies would hardly fit the context.
+TOKEN_BYTES = 32
+LEAST_BODY_BYTES = 1 << 20
 
 
 def serve_artifact(
     artifact: Path, options: argparse.Namespace, given: dict[str, int | None]
 ) -> int:
     """Serve an artifact until a signal; Failure when it, or its address, cannot be had."""
+    manifest = read_manifest(artifact)
+    settings = read_settings(artifact, manifest.context_length, **given)
     asked = ServeOptions(
         host=options.host,
         port=options.port,
@@ -25,8 +31,7 @@ def serve_artifact(
         cors_origin=options.cors_origin,
         until_eof=options.until_eof,
         as_json=options.json,
+        limits=Limits(body_bytes=max(LEAST_BODY_BYTES, TOKEN_BYTES * settings.context_tokens)),
     )
-    manifest = read_manifest(artifact)
-    settings = read_settings(artifact, manifest.context_length, **given)
     with open_listener(asked) as listener, loading(artifact, settings) as loaded:
         return serve(loaded, asked, listener)

@@ -74,12 +74,12 @@ class Exchange:
     async def send_event(self, event: bytes) -> None:
         """Send an event at once."""
         framed = b"%x\r\n%b\r\n" % (len(event), event) if self._is_chunked else event
-        await self.connection.send_part(framed)
+        await self.connection.send_bytes(framed)
 
     async def end_stream(self) -> None:
         """Send the end of a stream."""
         if self._is_chunked:
-            await self.connection.send_part(b"0\r\n\r\n")
+            await self.connection.send_bytes(b"0\r\n\r\n")
 
     def _common(self, content_type: str) -> list[tuple[str, str]]:
         return [

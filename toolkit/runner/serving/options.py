@@ -21,7 +21,7 @@ class Limits:
 
     connections: int = 64
     head_bytes: int = 16 << 10
-    body_bytes: int = 4 << 20
+    body_bytes: int = 1 << 20
     # From its first byte to its last, so that a byte now and then does not hold a connection.
     head_s: float = 10.0
     body_s: float = 30.0

@@ -104,7 +104,7 @@ class Connection:
             raise Refusal(501, "the only Transfer-Encoding spoken here is chunked")
         size = None if length is None else self._parse_length(length)
         if head.fields.get("expect", "").lower() == "100-continue":
-            await self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await self.send_bytes(b"HTTP/1.1 100 Continue\r\n\r\n")
         reading = self._read_chunks() if size is None else self._read_exactly(size)
         return await _within(self._limits.body_s, reading, "the request's body")
 
@@ -121,11 +121,16 @@ class Connection:
         """Send the head of an answer, and its body or the first part of it."""
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers]
-        await self._send("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+        await self.send_bytes("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
-    async def send_part(self, part: bytes) -> None:
-        """Send more of an answer's body."""
-        await self._send(part)
+    async def send_bytes(self, data: bytes) -> None:
+        """Send bytes as they are; Gone when the client does not take them in time."""
+        self._writer.write(data)
+        try:
+            await asyncio.wait_for(self._writer.drain(), self._limits.write_s)
+        except (OSError, asyncio.TimeoutError):
+            self._writer.transport.abort()
+            raise Gone from None
 
     async def close(self, *, lingers: bool = False) -> None:
         """End the connection; a lingering end lets a client that still sends read its answer."""
@@ -149,14 +154,6 @@ class Connection:
         if not data:
             raise Gone
         self._ahead += data
-
-    async def _send(self, data: bytes) -> None:
-        self._writer.write(data)
-        try:
-            await asyncio.wait_for(self._writer.drain(), self._limits.write_s)
-        except (OSError, asyncio.TimeoutError):
-            self._writer.transport.abort()
-            raise Gone from None
 
     async def _read_until(self, end: bytes, most_bytes: int, too_long: Refusal) -> bytes:
         start = 0
