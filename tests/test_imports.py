@@ -29,7 +29,7 @@ GROUPS = (
     {"remote", "runtime"},
     {"place", "trial"},
     {"adopt", "build", "deploy", "howto"},
-    {"listing", "llamaedge", "measuring", "ollama", "parity", "serve", "ship"},
+    {"adb", "bundle", "listing", "llamaedge", "measuring", "ollama", "parity", "serve", "ship"},
     {"cli"},
     {"__main__"},
 )

@@ -8,25 +8,24 @@ import email.utils
 import http.client
 import ipaddress
 import json
-import os
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from toolkit import __version__
-from toolkit.errors import PhishipError, RunnerError, SettingsError, UnreachableError
+from toolkit.errors import PhishipError, RunnerError, UnreachableError
 
-KEY_VARIABLE = "PHISHIP_API_KEY"
 BODY_BYTES = 32 << 20  # more is no answer
 SHOWN_CHARACTERS = 300
 TRIES = 4
 WAIT_S = 1.0  # before the second try, doubled for each further one
 LONGEST_WAIT_S = 60.0  # a server that asks for more (a day's quota) is given up at once
 BUSY = (429, 503)
+AZURE_RESOURCES = (".services.ai.azure.com", ".openai.azure.com", ".cognitiveservices.azure.com")
 
 Message = Mapping[str, str]
 TakeText = Callable[[str], None]
@@ -45,6 +44,16 @@ class Endpoint:
         """The server's name or address."""
         return urllib.parse.urlsplit(self.base_url).hostname or ""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is this machine itself."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -56,49 +65,6 @@ class Reply:
     completion_tokens: int | None
     seconds: float
     first_text_seconds: float | None = None
-
-
-def parse_endpoint(text: str) -> Endpoint:
-    """Read URL#MODEL; SettingsError when it is none. The key is not part of it."""
-    address, _, model = text.partition("#")
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not model:
-        raise SettingsError(
-            f"{text!r} is no endpoint",
-            advice="write BASE_URL#MODEL, such as http://127.0.0.1:8080/v1#phi-3-mini",
-        )
-    if parts.username or parts.password:
-        raise SettingsError(
-            f"the address of {parts.hostname} holds a user or a password",
-            advice=f"put the key into the environment variable {KEY_VARIABLE}",
-        )
-    return Endpoint(address, model)
-
-
-def add_key(endpoint: Endpoint, variable: str) -> Endpoint:
-    """Return the endpoint with the key that an environment variable holds; SettingsError without.
-
-    A key is only ever sent over https, or to this machine itself.
-    """
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise SettingsError(
-            f"{endpoint.host}: the environment variable {variable} holds no key",
-            advice=f"put the key there: export {variable}=...",
-        )
-    if not key.isascii() or not key.isprintable():
-        raise SettingsError(f"{endpoint.host}: {variable} holds what no key can be")
-    if not is_private(endpoint):
-        raise SettingsError(
-            f"{endpoint.base_url}: a key would go over the network as plain text",
-            advice="use https, or an SSH tunnel to that server",
-        )
-    return replace(endpoint, key=key)
-
-
-def is_private(endpoint: Endpoint) -> bool:
-    """Whether nobody on the way can read what is sent: https, or this machine itself."""
-    return endpoint.base_url.startswith("https:") or _is_loopback(endpoint.host)
 
 
 def chat(
@@ -265,7 +231,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 def _make_opener(endpoint: Endpoint) -> urllib.request.OpenerDirector:
     """Proxies of the environment hold for everything but this machine itself."""
     handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
-    if _is_loopback(endpoint.host):
+    if endpoint.is_local:
         handlers.append(urllib.request.ProxyHandler({}))
     return urllib.request.build_opener(*handlers)
 
@@ -276,11 +242,16 @@ def _make_request(endpoint: Endpoint, request: dict[str, Any]) -> urllib.request
     path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     headers = {"Content-Type": "application/json", "User-Agent": f"phiship/{__version__}"}
     if endpoint.key:
-        headers["Authorization"] = f"Bearer {endpoint.key}"
-        if endpoint.host.endswith(".azure.com"):  # where Bearer is for tokens of Entra ID
-            headers["api-key"] = endpoint.key
+        headers |= _describe_key(endpoint.host, endpoint.key)
     url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
     return urllib.request.Request(url, json.dumps(request).encode(), headers, method="POST")
+
+
+def _describe_key(host: str, key: str) -> dict[str, str]:
+    """The header for a key; Azure's resources take Bearer for tokens of Entra ID only, a JWT."""
+    if host.endswith(AZURE_RESOURCES) and not key.startswith("eyJ"):
+        return {"api-key": key}
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _describe_request(
@@ -368,12 +339,3 @@ def _shorten(endpoint: Endpoint, text: str) -> str:
         text = text.replace(endpoint.key, "***")
     clean = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
     return clean if len(clean) <= SHOWN_CHARACTERS else clean[:SHOWN_CHARACTERS] + "..."
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

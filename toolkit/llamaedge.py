@@ -1,11 +1,18 @@
 """A GGUF artifact in LlamaEdge: its start script is in the artifact, its API is tested here."""
 
-from toolkit.artifact import Manifest, Smoke
+from pathlib import Path
+
+from toolkit.artifact import Manifest, Smoke, read_manifest
+from toolkit.device import Device
 from toolkit.endpoint import Endpoint, chat
 from toolkit.errors import ArtifactError, SmokeError
 from toolkit.formats.gguf.llamaedge import SCRIPT
 from toolkit.report import Report
 from toolkit.smoke import ANSWER_TIMEOUT_S, Answer, check_answer, quote
+from toolkit.ssh.embedded import running
+from toolkit.ssh.tunnel import LOOPBACK, tunneling
+
+PORT = 8080
 
 
 def check_start(manifest: Manifest) -> str:
@@ -43,6 +50,17 @@ def check_server(
                 advice=f"start it with {SCRIPT} of the artifact",
             )
     return answer
+
+
+def check_on_device(
+    artifact: Path, device: Device, report: Report, *, smoke: Smoke | None = None, port: int = PORT
+) -> Answer:
+    """As `check_server`, for the LlamaEdge at a port of the device's loopback, through SSH."""
+    manifest = read_manifest(artifact)
+    check_start(manifest)
+    with running(device) as started, tunneling(started, port) as local_port:
+        base_url = f"http://{LOOPBACK}:{local_port}/v1"
+        return check_server(base_url, started.name, manifest, report, smoke=smoke)
 
 
 def _ask(endpoint: Endpoint, smoke: Smoke) -> Answer:

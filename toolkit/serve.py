@@ -1,11 +1,12 @@
 """Serving a model: here, or on a device with a tunnel to it; as a service when asked for."""
 
 import os
-import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -26,10 +27,10 @@ WATCH_S = 2.0
 ANSWER_TIMEOUT_S = 3600
 
 
-def run_here(text: str, arguments: Sequence[str]) -> int:
-    """Run this machine's runner on an artifact, on this terminal; returns its exit code."""
+def run_here(text: str, arguments: Sequence[str]) -> NoReturn:
+    """Become this machine's runner, on this terminal, so that Ctrl-C is for it alone."""
     place = LocalPlace(Path(text))
-    return subprocess.call(build_command(place.artifact, arguments))
+    os.execv(sys.executable, build_command(place.artifact, arguments))
 
 
 def chat_with(

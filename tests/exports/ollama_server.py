@@ -6,6 +6,7 @@ uploaded weights in llama.cpp, through the template and parameters that it was g
 contract does not know is refused and noted in `violations`.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -327,7 +328,8 @@ class OllamaServer:
         handler = type("BoundHandler", (Handler,), {"state": self.state})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        serve = functools.partial(self._server.serve_forever, poll_interval=0.02)
+        self._thread = threading.Thread(target=serve, daemon=True)
         self._thread.start()
         self.base_url = f"http://127.0.0.1:{self._server.server_address[1]}"
 

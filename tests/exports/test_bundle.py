@@ -84,6 +84,7 @@ def test_a_zip_has_the_same_bytes_every_time(artifacts: dict[str, Path], tmp_pat
     with zipfile.ZipFile(paths[0]) as archive:
         assert archive.testzip() is None
         found = {name: archive.read(name) for name in archive.namelist()}
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     assert found == {
         path.relative_to(folder.parent).as_posix(): path.read_bytes()
         for path in folder.rglob("*")

@@ -12,9 +12,10 @@ import pytest
 from tests.conftest import ROOT
 from tests.deploy.sealed import seal_noise
 from toolkit.artifact import Smoke, read_manifest
+from toolkit.device import Device
 from toolkit.errors import ArtifactError, SmokeError, UnreachableError
 from toolkit.formats.gguf.llamaedge import SCRIPT, write_script
-from toolkit.llamaedge import check_server, check_start
+from toolkit.llamaedge import check_on_device, check_server, check_start
 from toolkit.report import Report
 
 SHELLS = [shell for shell in ("sh", "dash", "bash", "busybox") if shutil.which(shell)]
@@ -60,8 +61,13 @@ def test_the_script_serves_the_model_that_answers(served: str, artifacts: dict[s
     answer = check_server(served, "pi", manifest, report)
     assert "Paris" in answer.text
     assert report.ok
-    # 12 more than ours: its own system prompt.
-    assert answer.prompt_tokens > 0
+
+
+def test_through_ssh(served: str, artifacts: dict[str, Path], board: Device) -> None:
+    port = int(served.removesuffix("/v1").rpartition(":")[2])
+    report = Report("LlamaEdge")
+    answer = check_on_device(artifacts["gguf"], board, report, port=port)
+    assert "Paris" in answer.text
 
 
 def test_a_wrong_answer_is_an_error(served: str, artifacts: dict[str, Path]) -> None:

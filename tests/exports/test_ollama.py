@@ -12,7 +12,7 @@ from tests.exports.ollama_server import OllamaServer
 from toolkit.artifact import Smoke, hash_file, read_manifest
 from toolkit.console import Console
 from toolkit.deploy import Push
-from toolkit.device import Health
+from toolkit.device import Device, Health
 from toolkit.errors import (
     ArtifactError,
     PreflightError,
@@ -22,7 +22,13 @@ from toolkit.errors import (
     StrandedError,
     UnreachableError,
 )
-from toolkit.ollama import install, name_model, roll_back
+from toolkit.ollama import (
+    install,
+    install_on_device,
+    name_model,
+    roll_back,
+    roll_back_on_device,
+)
 from toolkit.report import Report
 
 NAME = "tiny-phi3-gguf-q4_0"
@@ -252,6 +258,22 @@ def test_nobody_there(folder: Path, ollama: OllamaServer, console: Console) -> N
     ollama.stop()
     with pytest.raises(UnreachableError, match="Ollama is not running: nothing answers at"):
         run(folder, ollama, console)
+
+
+def test_through_ssh(folder: Path, ollama: OllamaServer, board: Device, console: Console) -> None:
+    port = int(ollama.base_url.rpartition(":")[2])
+    report = install_on_device(folder, board, console, port=port)
+    assert report.ok
+    assert f"{NAME}:latest" in ollama.state.tags
+    with pytest.raises(PreflightError, match="nothing to return to"):
+        roll_back_on_device(folder, board, Report("rollback"), port=port)
+
+
+def test_nobody_at_the_other_end_of_the_tunnel(
+    folder: Path, board: Device, console: Console
+) -> None:
+    with pytest.raises(UnreachableError, match="Ollama is not running"):
+        install_on_device(folder, board, console, port=9)
 
 
 def test_no_gguf(tmp_path: Path, ollama: OllamaServer, console: Console) -> None:

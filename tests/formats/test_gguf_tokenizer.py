@@ -153,9 +153,9 @@ def test_llama_servers_chat_has_the_sources_ids(
     expected = tokens.encode(tokens.read_tokenizer(checkpoint), text)
     model = llama_cpp.load(tmp_path / "out", "model.gguf", "cpu", Settings(256))
     try:
-        with model._post("/apply-template", {"messages": CONVERSATION}) as response:
+        with model._posting("/apply-template", {"messages": CONVERSATION}) as response:
             prompt = json.load(response)["prompt"]
-        with model._post("/tokenize", {"content": prompt, "parse_special": True}) as response:
+        with model._posting("/tokenize", {"content": prompt, "parse_special": True}) as response:
             assert json.load(response)["tokens"] == expected
         # A server that is closed before its loop has begun to serve waits for ever.
         assert list(model.generate(expected, 1))

@@ -250,8 +250,7 @@ def test_the_engines_pieces_make_the_text(
     model = engine.load(example_folder, "model.safetensors", "cpu", Settings(256))
     for text in ("Grüße, 日本 \U0001f600\U0001f44d\U0001f3fd!", "a  b\n\n\tc", " x"):
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        steps = iter([(token, None) for token in ids])
-        monkeypatch.setattr(model, "_step", lambda *_, steps=steps, **__: steps)
+        monkeypatch.setattr(model._producer, "produce", lambda _, ids=ids: (t for t in ids))
         pieces = list(model.generate([1], len(ids)))
         assert [token for token, _ in pieces] == ids
         assert "".join(piece for _, piece in pieces) == tokenizer.decode(ids)

@@ -20,7 +20,7 @@ from toolkit.formats.openvino.session import EXACT, OpenvinoSession
 from toolkit.quality.reference import forward
 from toolkit.runner.engines import openvino_genai
 from toolkit.runner.failure import Failure
-from toolkit.runner.settings import Settings
+from toolkit.runner.settings import Sampling, Settings
 
 # float32 sums in another order: 1e-5 is what was measured.
 FLOAT_TOLERANCE = 1e-4
@@ -209,6 +209,23 @@ def test_runner_crosses_the_longrope_switch_as_the_source_does(
     assert len(found) == count
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_runner_samples_across_the_longrope_switch(seed: int, artifacts: Artifacts) -> None:
+    """Both parts come of the seed, and the second one not of the same random numbers again."""
+    folder, ids = artifacts.find("longrope", "f16"), draw_ids(60)
+    model = openvino_genai.load(folder, "openvino_model.xml", "cpu", Settings(256))
+    try:
+        hot, cold = Sampling(50.0, seed=seed), Sampling(1e-3, seed=seed)
+        found = [[token for token, _ in model.generate(ids, 10, hot)] for _ in range(2)]
+        assert found[0] == found[1]
+        assert len(found[0]) == 10
+        assert found[0][:5] != found[0][5:]
+        greedy = [token for token, _ in model.generate(ids, 10)]
+        assert [token for token, _ in model.generate(ids, 10, cold)] == greedy
+    finally:
+        model.close()
+
+
 @pytest.mark.parametrize(
     ("length", "new", "expected"),
     [(10, 20, [20]), (60, 5, [5]), (60, 6, [5, 1]), (64, 3, [1, 2]), (65, 3, [3]), (64, 1, [1])],
@@ -221,25 +238,39 @@ def test_only_tokens_beyond_the_switch_are_computed_anew(
 
 
 def test_pipeline_is_made_for_what_it_runs() -> None:
-    choose = openvino_genai.choose_properties
-    assert choose("cpu", 512, None) == choose("gpu", 512, None) == {}
-    assert choose("cpu", 512, 4096) == choose("gpu", 512, 4096) == {"ATTENTION_BACKEND": "SDPA"}
-    assert choose("npu", 512, None) == {"MAX_PROMPT_LEN": 512}
+    choose, plain = openvino_genai.choose_properties, Settings(512)
+    sdpa = {"ATTENTION_BACKEND": "SDPA"}
+    assert choose("cpu", plain, None) == choose("gpu", plain, None) == {}
+    assert choose("cpu", plain, 4096) == choose("gpu", plain, 4096) == sdpa
+    assert choose("npu", plain, None) == {"MAX_PROMPT_LEN": 512}
+    assert choose("cpu", Settings(512, threads=3, kv_bits=4), None) == {
+        "INFERENCE_NUM_THREADS": 3,
+        "KV_CACHE_PRECISION": "u4",
+    }
 
 
-def test_runner_ends_a_generation_that_nobody_reads(artifacts: Artifacts) -> None:
+def test_runner_ends_a_generation_that_nobody_reads(
+    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = artifacts.find("mha", "f16")
     model = openvino_genai.load(folder, "openvino_model.xml", "cpu", Settings(256))
     try:
         prompt = draw_ids(40)
         assert len(list(model.generate(prompt, 120))) == 120, "this prompt's answer is long"
-        waiting = openvino_genai._Tokens(model._genai, model._start(prompt, 120))
-        with waiting as tokens:
-            next(tokens)
-        assert waiting._queue.qsize() < 100
+        put: list[int] = []
+        run = model._producer.produce
+
+        def produce(work: Any) -> Any:
+            def count(pass_on: Any) -> None:
+                work(lambda token: put.append(token) or pass_on(token))
+
+            return run(count)
+
+        monkeypatch.setattr(model._producer, "produce", produce)
         stream = model.generate(prompt, 120)
         first = next(stream)
         stream.close()
+        assert len(put) < 100
         assert next(model.generate(prompt, 1)) == first
     finally:
         model.close()

@@ -49,6 +49,16 @@ def test_results_side_by_side_and_their_picture(file: Path, artifacts: dict[str,
     assert ET.parse(picture).getroot().tag.endswith("svg")
 
 
+def test_a_result_is_shown_again(file: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "again.svg"
+    done = run("bench", str(file), "--with", str(file), "--plot", str(picture))
+    assert done.returncode == 0, done.stderr
+    assert "B: tiny-phi3-gguf" in done.stdout
+    assert picture.is_file()
+    missing = run("bench", str(tmp_path / "missing.json"))
+    assert missing.returncode == SettingsError.exit_code
+
+
 @pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
 def test_pictures_of_other_kinds(file: Path, tmp_path: Path, ending: str, magic: bytes) -> None:
     result = read_result(file)

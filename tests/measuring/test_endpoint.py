@@ -13,8 +13,10 @@ import pytest
 
 from tests.measuring.chat_server import Said, reply, serving, stream
 from toolkit import endpoint as endpoints
-from toolkit.endpoint import Endpoint, add_key, chat, parse_endpoint, stream_chat
+from toolkit.endpoint import Endpoint, chat, stream_chat
 from toolkit.errors import PhishipError, RunnerError, SettingsError, UnreachableError
+from toolkit.measuring.sides import add_key, parse_endpoint
+from toolkit.place import LocalPlace
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 KEY = "sk-very-secret-0123456789"
@@ -242,3 +244,44 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_unprotected(
         add_key(Endpoint("http://host/v1", "m"), "SOME_KEY")
     with pytest.raises(SettingsError, match="OTHER_KEY"):
         add_key(Endpoint("https://host/v1", "m"), "OTHER_KEY")
+
+
+@pytest.mark.parametrize(
+    ("address", "key", "header"),
+    [
+        ("https://models.github.ai/inference", KEY, "Authorization"),
+        ("https://integrate.api.nvidia.com/v1", KEY, "Authorization"),
+        (
+            "https://mine.services.ai.azure.com/models?api-version=2024-05-01-preview",
+            KEY,
+            "Api-key",
+        ),
+        ("https://mine.openai.azure.com/openai/v1", KEY, "Api-key"),
+        ("https://mine.openai.azure.com/openai/v1", "eyJhbGciOi.x.y", "Authorization"),
+        ("https://phi.eastus2.models.ai.azure.com/v1", KEY, "Authorization"),
+    ],
+)
+def test_each_provider_gets_the_key_as_it_wants_it(address: str, key: str, header: str) -> None:
+    request = endpoints._make_request(Endpoint(address, "m", key), {})
+    assert key in request.headers[header]
+    assert sum(key in value for value in request.headers.values()) == 1
+    assert "/chat/completions" in request.full_url
+
+
+def test_our_own_server_answers_whole_and_in_pieces(artifacts: dict[str, Path]) -> None:
+    pieces: list[str] = []
+    with LocalPlace(artifacts["onnx"]).serving() as endpoint:
+        whole = ask(endpoint)
+        streamed = stream_chat(
+            endpoint, MESSAGES, max_tokens=16, timeout_s=60, take_text=pieces.append
+        )
+        with pytest.raises(RunnerError, match="HTTP 400"):
+            chat(endpoint, MESSAGES, max_tokens=100_000, timeout_s=60)
+    assert "Paris" in whole.text
+    assert streamed.text == "".join(pieces) == whole.text
+    assert (streamed.prompt_tokens, streamed.completion_tokens, streamed.finish_reason) == (
+        whole.prompt_tokens, whole.completion_tokens, "stop",
+    )  # fmt: skip
+    assert len(pieces) > 1
+    assert streamed.first_text_seconds is not None
+    assert streamed.first_text_seconds < streamed.seconds

@@ -15,6 +15,7 @@ from toolkit.runner.benching import Work, bench, make_prompt, summarize
 from toolkit.runner.failure import Failure
 from toolkit.runner.loading import loading
 from toolkit.runner.manifest import read_manifest
+from toolkit.runner.memory import read_peak_memory_bytes
 from toolkit.runner.settings import Settings, read_settings
 from toolkit.runner.tuning import PREFIXES, judge, store_settings
 
@@ -191,3 +192,40 @@ def test_answers_that_end_early_are_asked_again_with_another_prompt(
         assert 1 < short < 32
         assert count(question, text) == 32
         assert count(question, question, question, text) == short  # enough is enough
+
+
+def test_what_a_board_tells_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files as a Raspberry Pi 5 has them; its vcgencmd is not here, so the kernel's file counts."""
+    for name, text in {
+        "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",
+        "proc/meminfo": "MemTotal:        8245312 kB\n",
+        "sys/class/thermal/thermal_zone0/temp": "78300\n",
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1500000\n",
+        "sys/devices/system/cpu/cpu3/cpufreq/scaling_cur_freq": "2400000\n",
+        "sys/devices/platform/soc/soc:firmware/get_throttled": "50004\n",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(benching, "ROOT", tmp_path)
+    assert benching.read_state() == {
+        "temperature_celsius": 78.3,
+        "throttled_now": ["throttled"],
+        "throttled_before": ["under-voltage", "throttled"],
+        "clock_hertz": 2_400_000_000,
+    }
+    machine = benching.read_machine()
+    assert machine["board"] == "Raspberry Pi 5 Model B Rev 1.0"
+    assert machine["memory_total_bytes"] == 8245312 * 1024
+
+
+def test_memory_of_an_engine_that_is_a_program_of_its_own_counts() -> None:
+    before = read_peak_memory_bytes()
+    program = "held = bytearray(b'x') * 90_000_000; print(flush=True); input()"
+    shell = ["sh", "-c", f'"{sys.executable}" -c "{program}"; true']
+    with subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin and child.stdout
+        child.stdout.readline()
+        # The child's own 90 MB; ours may have grown a little meanwhile.
+        assert 90_000_000 < read_peak_memory_bytes() - before < 150_000_000
+    assert read_peak_memory_bytes() - before < 90_000_000

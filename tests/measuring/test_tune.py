@@ -13,7 +13,7 @@ import pytest
 from tests.cli.commands import events, run
 from toolkit.artifact import Smoke
 from toolkit.console import Console
-from toolkit.errors import RunnerError, SmokeError
+from toolkit.errors import RunnerError, SettingsError, SmokeError
 from toolkit.measuring import space
 from toolkit.measuring.result import Result, convert_result
 from toolkit.measuring.tune import LARGEST, Wish, tune
@@ -251,6 +251,26 @@ def test_the_largest_context_that_fits(copy: Callable[[str], Path]) -> None:
 
     search(Longer(artifact, change_less), context_tokens=LARGEST)
     assert kept(artifact) == {}
+
+
+def test_a_longer_context_is_really_loaded(copy: Callable[[str], Path]) -> None:
+    artifact = copy("gguf")
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    (artifact / "manifest.json").write_text(json.dumps({**manifest, "context_length": 128}))
+    done = run("tune", str(artifact), *FEW, "--for", "prompt", "--context", "largest", "--json")
+    assert done.returncode == 0, done.stderr
+    found = events(done)
+    spaces = next(event for event in found if event["event"] == "space")
+    assert spaces["context_tokens"] == [512, 256]
+    # This machine has memory for 512 tokens of the tiny model.
+    assert kept(artifact)["context_tokens"] == 512
+
+
+def test_a_context_that_could_not_be_kept_is_refused_at_once(artifacts: dict[str, Path]) -> None:
+    done = run("tune", str(artifacts["gguf"]), "--context", "513")
+    assert done.returncode == SettingsError.exit_code
+    assert "1 to 512" in done.stderr
+    assert "tokens/s" not in done.stdout
 
 
 def test_a_context_that_was_asked_for_is_kept(copy: Callable[[str], Path]) -> None:

@@ -57,6 +57,8 @@ def open_model(
     """Load an artifact of the bundled example as the runner does."""
     pass_over_missing(runtime)
     artifact = artifacts["gguf" if runtime == SERVER else runtime]
+    if runtime == SERVER:  # several threads wait for each other by spinning; our cores are shared
+        settings = {"threads": 1, **settings}
     with chosen(runtime), loading(artifact, Settings(context_tokens, **settings)) as loaded:
         yield loaded
 

@@ -27,15 +27,22 @@ CONVERSATIONS: dict[str, list[tuple[str, str]]] = {
     "spaces": [("user", "  two  before, \t a tab,\n\n lines, and behind  ")],
     "unicode": [("user", "Grüße — 日本語 🙂👍🏽 ﬁ Å A\u030a \u200b\u00a0x")],
     "special": [("user", "<|end|> and <|assistant|> or </s><s> <|user|>, < |end|>, <|END|>")],
-    "code": [("user", "def f(x):\n    return x**2  # <0x0A>\n"), ("assistant", "'\"\\n")],
+    "code": [("user", "def f(x):\n    return x**2  # <0xZZ>\n"), ("assistant", "'\"\\n")],
+    "bytes": [("user", "<0x0A> and <0x41>")],
     "empty": [("user", "")],
 }
+# Takes text that is spelled like a token of one byte for that token.
+WRONG = {("openvino", "bytes")}
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_prompts_have_the_sources_ids(name: str, loaded: Loaded, example: Path) -> None:
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_prompts_have_the_sources_ids(
+    runtime: str, name: str, models: dict[str, Loaded], example: Path
+) -> None:
     expected = encode_source(example, CONVERSATIONS[name])
-    assert encode_chat(loaded, CONVERSATIONS[name]) == expected
+    is_equal = encode_chat(models[runtime], CONVERSATIONS[name]) == expected
+    assert is_equal == ((runtime, name) not in WRONG)
 
 
 def encode_source(folder: Path, conversation: list[tuple[str, str]]) -> list[int]:
@@ -128,3 +135,12 @@ def test_a_broken_off_answer_is_not_gone_on_with(loaded: Loaded) -> None:
     with closing(loaded.model.generate(prompt, 400, Sampling(2.0, seed=1))) as stream:
         next(stream)
     assert "Paris" in answer(loaded, prompt).text
+
+
+def test_a_prompt_is_encoded_while_another_is_answered(loaded: Loaded) -> None:
+    """A server with a queue does so."""
+    prompt = ask_ids(loaded)
+    with closing(loaded.model.generate(prompt, 400, Sampling(1e4, seed=5))) as stream:
+        next(stream)
+        assert ask_ids(loaded) == prompt
+        next(stream)

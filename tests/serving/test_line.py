@@ -72,6 +72,7 @@ def test_who_leaves_the_line_gives_up_its_place(slow: Server) -> None:
             assert wait_for(lambda: slow.measure("queue_depth") == QUEUE)
             assert slow.chat("Hello").status == 429
         assert wait_for(lambda: slow.measure("queue_depth") == 0)
+        wait_running(slow)  # the first is still at it
     assert slow.chat("Hello", max_tokens=1).status == 200
 
 
@@ -174,7 +175,7 @@ def test_stopping_lets_the_answer_end(
     artifacts: dict[str, Path], kind: str, number: signal.Signals
 ) -> None:
     with serving(artifacts[kind], delay_s=DELAY_S) as server, ExitStack() as stack:
-        link = stack.enter_context(begin(server, {"prompt": "The", "max_tokens": 60}))
+        link = stack.enter_context(begin(server, {"prompt": "The", "max_tokens": 100}))
         wait_running(server)
         waiting = stack.enter_context(begin(server, streams=False))
         assert wait_for(lambda: server.measure("queue_depth") == 1)
@@ -205,6 +206,16 @@ def test_patience_ends(artifacts: dict[str, Path]) -> None:
             assert b'"code": "stopping"' in ended
             assert b"[DONE]" not in ended
             assert server.wait() == 0
+
+
+def test_an_engine_that_never_returns_keeps_nobody(artifacts: dict[str, Path]) -> None:
+    with serving(artifacts["onnx"], delay_s=3600, options={"grace_s": 0.1}) as server:
+        with begin(server) as link:
+            assert wait_for(lambda: server.measure("prompt_tokens_total") > 0)
+            server.process.send_signal(signal.SIGTERM)
+            assert b'"code": "stopping"' in read_all(link)
+        assert server.wait() == 0
+        assert any("did not end in time" in line for line in server.log)
 
 
 def test_answers_do_not_mix_on_one_connection_that_leaves(slow: Server) -> None:

@@ -86,6 +86,8 @@ COMPLETION: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a", "b"]}, "prompt"),
     ({"prompt": [1, 2, 3]}, "prompt"),
     ({"prompt": [[1, 2]]}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": "word " * 600}, "prompt"),
     ({"prompt": "a", "echo": True}, "echo"),
     ({"prompt": "a", "best_of": 3}, "best_of"),
     ({"prompt": "a", "suffix": "b"}, "suffix"),
@@ -138,32 +140,32 @@ def test_another_model(server: Server) -> None:
     assert server.told["model"] in error["message"]
 
 
-@pytest.mark.parametrize(
-    ("body", "word"),
-    [
-        (b"", "not JSON"),
-        (b"{", "not JSON"),
-        (b'{"messages": [],}', "not JSON"),
-        (b"[]", "object"),
-        (b"null", "object"),
-        (b'"x"', "object"),
-        (b'{"messages": [{"role": "user", "content": "\xff"}]}', "UTF-8"),
-        (b'\xef\xbb\xbf{"messages": []}', "not JSON"),
-        ('{"messages": []}'.encode("utf-16"), "UTF-8"),
-        (b'{"temperature": NaN}', "NaN"),
-        (b'{"temperature": Infinity}', "Infinity"),
-        (b'{"temperature": -Infinity}', "-Infinity"),
-        (b'{"temperature": 1e999, "messages": [{"role": "user", "content": "a"}]}', "temperature"),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "digits"),
-        (b'{"model": "a", "model": "b"}', "twice"),
-        (b'{"messages": [{"role": "user", "role": "system", "content": "a"}]}', "twice"),
-        (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "surrogate"),
-        (b'{"stop": "\\ude00", "messages": []}', "surrogate"),
-        (b'{"\\ude00": 1}', "surrogate"),
-        (b'{"messages": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "deep"),
-        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "deep"),
-    ],
-)
+BODIES = [
+    (b"", "not JSON"),
+    (b"{", "not JSON"),
+    (b'{"messages": [],}', "not JSON"),
+    (b"[]", "object"),
+    (b"null", "object"),
+    (b'"x"', "object"),
+    (b'{"messages": [{"role": "user", "content": "\xff"}]}', "UTF-8"),
+    (b'\xef\xbb\xbf{"messages": []}', "not JSON"),
+    ('{"messages": []}'.encode("utf-16"), "UTF-8"),
+    (b'{"temperature": NaN}', "NaN"),
+    (b'{"temperature": Infinity}', "Infinity"),
+    (b'{"temperature": -Infinity}', "-Infinity"),
+    (b'{"temperature": 1e999, "messages": [{"role": "user", "content": "a"}]}', "temperature"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "digits"),
+    (b'{"model": "a", "model": "b"}', "twice"),
+    (b'{"messages": [{"role": "user", "role": "system", "content": "a"}]}', "twice"),
+    (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "surrogate"),
+    (b'{"stop": "\\ude00", "messages": []}', "surrogate"),
+    (b'{"\\ude00": 1}', "surrogate"),
+    (b'{"messages": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "deep"),
+    (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "deep"),
+]
+
+
+@pytest.mark.parametrize(("body", "word"), BODIES, ids=range(len(BODIES)))
 def test_bodies(server: Server, body: bytes, word: str) -> None:
     assert word in check_refusal(server.ask("POST", CHAT, body))["message"]
 

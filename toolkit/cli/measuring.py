@@ -74,7 +74,10 @@ def bench_command(
     picture: Path | None, others: tuple[Path, ...], devices: Path | None, as_json: bool,
     **settings: int | None,
 ) -> None:  # fmt: skip
-    """Measure time to first token, tokens/s, loading, memory and heat, here or on a device."""
+    """Measure time to first token, tokens/s, loading, memory and heat, here or on a device.
+
+    In place of an artifact, FILE.json shows what --out has written before.
+    """
     from toolkit.measuring.bench import Work, bench, show_results, write_result
     from toolkit.measuring.plot import check_plot, plot
     from toolkit.measuring.result import read_result
@@ -83,8 +86,11 @@ def bench_command(
     console, before = Console(as_json=as_json), [read_result(path) for path in others]
     if picture:
         check_plot(picture)
-    with open_place(place, devices) as opened:
-        result = bench(opened, Work(prompt_tokens, new_tokens, repeat, settings), console)
+    if place.endswith(".json"):
+        result = read_result(Path(place))
+    else:
+        with open_place(place, devices) as opened:
+            result = bench(opened, Work(prompt_tokens, new_tokens, repeat, settings), console)
     if out:
         write_result(result, out)
     show_results([*before, result], console)

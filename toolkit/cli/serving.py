@@ -59,9 +59,9 @@ def run_command(
     elif serve:
         if not is_here:
             raise click.UsageError("--serve is for artifacts; for a device: phiship serve DEVICE")
-        sys.exit(run_here(place, ["serve", "--port", str(port), *settings, *_json(as_json)]))
+        run_here(place, ["serve", "--port", str(port), *settings, *_json(as_json)])
     elif is_here:
-        sys.exit(run_here(place, ["chat", "--system", system, *answering, *settings]))
+        run_here(place, ["chat", "--system", system, *answering, *settings])
     else:
         code = chat_with(
             place, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed,

@@ -1,15 +1,17 @@
 """Who `compare` asks: an artifact here, a device, or an OpenAI-compatible endpoint."""
 
 import os
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from toolkit.endpoint import KEY_VARIABLE, Endpoint, Reply, add_key, is_private, parse_endpoint
+from toolkit.endpoint import Endpoint, Reply
 from toolkit.errors import PhishipError, SettingsError
 from toolkit.place import open_place
 
+KEY_VARIABLE = "PHISHIP_API_KEY"
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -88,6 +90,44 @@ def make_sides(texts: Sequence[str], key_variables: Sequence[str]) -> list[Side]
     return sides
 
 
+def parse_endpoint(text: str) -> Endpoint:
+    """Read URL#MODEL; SettingsError when it is none. The key is not part of it."""
+    address, _, model = text.partition("#")
+    parts = urllib.parse.urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not model:
+        raise SettingsError(
+            f"{text!r} is no endpoint",
+            advice="write BASE_URL#MODEL, such as http://127.0.0.1:8080/v1#phi-3-mini",
+        )
+    if parts.username or parts.password:
+        raise SettingsError(
+            f"the address of {parts.hostname} holds a user or a password",
+            advice=f"put the key into the environment variable {KEY_VARIABLE}",
+        )
+    return Endpoint(address, model)
+
+
+def add_key(endpoint: Endpoint, variable: str) -> Endpoint:
+    """Return the endpoint with the key that an environment variable holds; SettingsError without.
+
+    A key is only ever sent over https, or to this machine itself.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise SettingsError(
+            f"{endpoint.host}: the environment variable {variable} holds no key",
+            advice=f"put the key there: export {variable}=...",
+        )
+    if not key.isascii() or not key.isprintable():
+        raise SettingsError(f"{endpoint.host}: {variable} holds what no key can be")
+    if not endpoint.is_local and not endpoint.base_url.startswith("https:"):
+        raise SettingsError(
+            f"{endpoint.base_url}: a key would go over the network as plain text",
+            advice="use https, or an SSH tunnel to that server",
+        )
+    return replace(endpoint, key=key)
+
+
 @contextmanager
 def opening(side: Side, devices_file: Path | None) -> Iterator[Endpoint]:
     """Yield where a side is asked; an artifact or a device serves for the length of the block."""
@@ -142,5 +182,4 @@ def _give(side: Side, variable: str) -> None:
 
 def _is_remote(side: Side) -> bool:
     """Whether a key that names no side is meant for it: not for this machine, never in the open."""
-    endpoint = side.endpoint
-    return endpoint is not None and is_private(endpoint) and endpoint.base_url.startswith("https:")
+    return side.endpoint is not None and side.endpoint.base_url.startswith("https:")

@@ -7,7 +7,7 @@ from typing import Any
 
 from toolkit.artifact import Smoke
 from toolkit.console import Console, format_bytes
-from toolkit.errors import RunnerError, SmokeError
+from toolkit.errors import RunnerError, SettingsError, SmokeError
 from toolkit.measuring import space
 from toolkit.measuring.bench import Work, bench, format_time
 from toolkit.measuring.result import Result
@@ -90,6 +90,7 @@ def tune(place: Place, wish: Wish, console: Console, *, is_dry: bool = False) ->
     not even the engine's own settings answer rightly, RunnerError when they do not run at all;
     what was kept before stays then.
     """
+    _check_context(place, wish)
     info = place.run(["info", "--json"])
     context = wish.context_tokens or place.manifest.context_length
     knobs = space.list_knobs(
@@ -114,6 +115,17 @@ def tune(place: Place, wish: Wish, console: Console, *, is_dry: bool = False) ->
     _show_tries(search, winner, console)
     agreement = _agree(winner, first)
     _keep(search, winner, default, agreement, console)
+
+
+def _check_context(place: Place, wish: Wish) -> None:
+    """Refuse a context that could not be kept, before hours are spent on it."""
+    lowest, highest = place.manifest.valid_context
+    if wish.context_tokens and not lowest <= wish.context_tokens <= highest:
+        raise SettingsError(
+            f"{place.name}: a context of {wish.context_tokens} tokens; its artifact agrees with "
+            f"its source at {lowest} to {highest}",
+            advice="choose one of those, or `largest`",
+        )
 
 
 def reset(place: Place, console: Console) -> None:
@@ -288,9 +300,10 @@ def _show_space(
 
 
 def _show_tries(search: Search, best: Try, console: Console) -> None:
-    rows = []
+    rows, first = [], search.tries[0].settings
     for tried in search.tries:
-        text = ", ".join(f"{name} {value}" for name, value in tried.settings.items())
+        changed = {name: n for name, n in tried.settings.items() if first.get(name) != n}
+        text = ", ".join(f"{name} {value}" for name, value in changed.items()) or "none"
         verdict = f"kept: {tried.verdict}".rstrip(": ") if tried is best else tried.verdict
         if tried.result is None:
             rows.append([text, "", "", "", verdict])

@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.artifact import MANIFEST, Manifest, Smoke
+from toolkit.artifact import MANIFEST, Manifest, Smoke, read_manifest
 from toolkit.console import Console, format_bytes
 from toolkit.deploy import Push, Release, prepare_release
-from toolkit.device import Health
+from toolkit.device import Device, Health
 from toolkit.errors import (
     ArtifactError,
     PhishipError,
@@ -28,7 +28,10 @@ from toolkit.formats.gguf.ollama import MODELFILE, OllamaModel, describe_chat, r
 from toolkit.ollama.client import Ollama
 from toolkit.report import Report
 from toolkit.smoke import Answer, check_answer, check_health, describe_limits, quote
+from toolkit.ssh.embedded import running
+from toolkit.ssh.tunnel import LOOPBACK, tunneling
 
+PORT = 11434
 DIGITS = 12
 LATEST, PREVIOUS, GOOD = "latest", "previous", "good"
 LONGEST_NAME = 80
@@ -95,6 +98,38 @@ def install(
         _put_into_use(target, tag, staged, release.smoke, limits or Health(), report)
     _prune(target, report)
     return report
+
+
+def install_on_device(
+    artifact: Path,
+    device: Device,
+    console: Console,
+    push: Push | None = None,
+    *,
+    report: Report | None = None,
+    port: int = PORT,
+) -> Report:
+    """As `install`, in the Ollama at a port of the device's loopback, through SSH."""
+    with running(device) as started, tunneling(started, port) as local_port:
+        base_url = f"http://{LOOPBACK}:{local_port}"
+        return install(
+            artifact, base_url, started.name, console, push, limits=device.health, report=report
+        )
+
+
+def roll_back_on_device(
+    artifact: Path,
+    device: Device,
+    report: Report,
+    *,
+    smoke: Smoke | None = None,
+    port: int = PORT,
+) -> None:
+    """As `roll_back`, for the model that an artifact was installed as, through SSH."""
+    manifest = read_manifest(artifact)
+    with running(device) as started, tunneling(started, port) as local_port:
+        base_url = f"http://{LOOPBACK}:{local_port}"
+        roll_back(base_url, started.name, manifest, report, smoke=smoke, limits=device.health)
 
 
 def roll_back(

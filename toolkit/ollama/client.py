@@ -19,6 +19,7 @@ from toolkit.smoke import ANSWER_TIMEOUT_S, Answer, quote
 
 OLDEST = (0, 5, 5)  # the first whose /api/create takes `files`
 FROM_SOURCE = (0, 0, 0)  # what a build without a version says
+VERSION_PATH = "/api/version"
 PIECE_BYTES = 1 << 20
 TIMEOUT_S = 30
 # Ollama hashes the upload and reads the file again before it answers.
@@ -36,7 +37,7 @@ class Ollama:
 
     def read_version(self) -> str:
         """Its version; PreflightError when it is too old, UnreachableError when nobody answers."""
-        found = self._ask("GET", "/api/version", "say its version").get("version")
+        found = self._ask("GET", VERSION_PATH, "say its version").get("version")
         if not isinstance(found, str):
             raise UnreachableError(
                 f"{self.device}: what answers at {self.base_url} is not Ollama",
@@ -174,13 +175,14 @@ class Ollama:
                 # It has answered before it read everything, such as for want of disk.
             yield connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            raise self._explain(error) from error
+            raise self._explain(error, path) from error
         finally:
             connection.close()
 
-    def _explain(self, error: Exception) -> UnreachableError:
+    def _explain(self, error: Exception, path: str) -> UnreachableError:
         reason = str(error) or type(error).__name__
-        if isinstance(error, ConnectionRefusedError):
+        # A tunnel takes every connection, and hangs up when nothing listens at its other end.
+        if isinstance(error, ConnectionError) and path == VERSION_PATH:
             return UnreachableError(
                 f"{self.device}: Ollama is not running: nothing answers at {self.base_url}",
                 advice="start it on the device: ollama serve, or systemctl start ollama",

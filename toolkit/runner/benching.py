@@ -238,11 +238,14 @@ class _Progress:
     def tell(self, words: str) -> None:
         told: dict[str, Any] = {"done": self._done, "of": self._of, "words": words}
         if self._seconds:
-            # A length that was not there yet takes at least as long as the longest before it.
-            most = max(self._seconds.values())
-            told["seconds_left"] = sum(self._seconds.get(length, most) for length in self._left)
+            told["seconds_left"] = sum(self._estimate(length) for length in self._left)
         self._report(told)
         self._started_s = time.monotonic()
+
+    def _estimate(self, length: int) -> float:
+        """As it was; a length that is yet to come takes its share more than the longest so far."""
+        longest = max(self._seconds)
+        return self._seconds.get(length, self._seconds[longest] * length / longest)
 
     def advance(self, length: int) -> None:
         self._seconds[length] = time.monotonic() - self._started_s

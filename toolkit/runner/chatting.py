@@ -101,14 +101,15 @@ def clean(text: str) -> str:
 
 
 def _read_line(prompt: str) -> str | None:
-    """Return a line without white space around it; None at the end of the input."""
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        return None
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return None
+    """Return a line without white space around it; None at its end, or after Ctrl-C twice."""
+    for _ in range(2):
+        try:
+            return input(prompt).strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:  # it may have been meant for an answer that was just over
+            print(f"\n{HELP}", file=sys.stderr)
+    return None
 
 
 def _complete_lines() -> None:

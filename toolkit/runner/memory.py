@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from .agent.probes.memory import read_meminfo, read_memory_limit, read_vm_stat
-from .agent.probes.reading import run_command
+from .agent.probes.reading import list_paths, read_text, run_command
 
 
 def read_peak_memory_bytes() -> int:
-    """Return the most resident memory this process ever had.
+    """Return the most resident memory this process and those it has started ever had, added up.
 
-    Linux: VmHWM, because ru_maxrss counts what the parent held before exec as well.
+    Linux: VmHWM, because ru_maxrss counts what the parent held before exec as well; children,
+    because an engine may be a program of its own.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if Path("/proc/self/status").exists():
+        return sum(_read_peak(folder) for folder in _list_family(Path("/proc/self")))
     import resource  # absent on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _read_peak(folder: Path) -> int:
+    """Return a process's peak; 0 when it has ended."""
+    found = re.search(r"^VmHWM:\s+([0-9]+) kB$", read_text(folder / "status") or "", re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def _list_family(folder: Path) -> Iterator[Path]:
+    """Yield a process's folder below /proc, and those of all it has started that still run."""
+    yield folder
+    for path in list_paths(folder, "task/*/children"):
+        for pid in (read_text(path) or "").split():
+            yield from _list_family(Path("/proc", pid))
 
 
 def read_available_bytes() -> int | None:

@@ -39,6 +39,7 @@ OFFERED: dict[str, tuple[int, ...]] = {
 }
 LOWEST_BATCH_TOKENS = 2  # with one, llama.cpp's server aborts the process at the first prompt
 ALL_LAYERS = 9999
+HTTP_THREADS = 2  # one answers; the next prompt is encoded beside it
 REQUEST_TIMEOUT_S = 1800
 
 
@@ -85,16 +86,18 @@ class Model:
             "stream": True,
             **_describe_sampling(sampling),
         }
+        self.reused_tokens = 0  # it tells when the answer is whole
         with self._posting("/completion", request) as response:
             self._has_begun = True
             for chunk in _read_chunks(response):
                 if chunk["stop"]:
-                    self.reused_tokens = int(chunk["timings"].get("cache_n", 0))
+                    self.reused_tokens = int(chunk.get("timings", {}).get("cache_n", 0))
                     return
                 # A piece of a character has a token but no text yet.
                 tokens = chunk["tokens"]
                 for position, token in enumerate(tokens):
                     yield int(token), chunk["content"] if position == len(tokens) - 1 else ""
+            raise ConnectionError("the answer has no end")
 
     def close(self) -> None:
         """Stop the server and free its memory.
@@ -183,7 +186,7 @@ def choose_params(llama: Any, path: Path, provider: str, settings: Settings) -> 
     params.cache_ram_mib = 0  # a cache of earlier prompts is memory for nothing here
     params.n_ctx_checkpoints = 0  # copies of the cache, likewise
     params.warmup = False
-    params.n_threads_http = 1
+    params.n_threads_http = HTTP_THREADS
     params.endpoint_slots = False
     params.ui = False
     params.verbosity = -1
@@ -207,7 +210,7 @@ def choose_options(path: Path, provider: str, settings: Settings) -> dict[str, o
         "FIT": "off",
         "CACHE_RAM": 0,
         "CTX_CHECKPOINTS": 0,
-        "THREADS_HTTP": 1,
+        "THREADS_HTTP": HTTP_THREADS,
         "ENDPOINT_SLOTS": 0,
         "UI": 0,
         "NO_WEBUI": 1,  # its name before

@@ -84,6 +84,11 @@ class Asked:
     streams: bool
     includes_usage: bool
 
+    @property
+    def prompt_field(self) -> str:
+        """The field that the prompt came in."""
+        return "messages" if self.is_chat else "prompt"
+
 
 def read_chat(data: dict[str, Any], chat: Chat) -> Asked:
     """Check a body of /chat/completions; Refusal names the first field at fault."""

@@ -75,12 +75,6 @@ class Line:
         return len(self._waiting)
 
     @property
-    def is_idle(self) -> bool:
-        """Whether nothing is being answered and nobody waits."""
-        with self._changed:
-            return self._running is None and not self._waiting
-
-    @property
     def is_broken(self) -> bool:
         """Whether the engine failed so often in a row that the next answer will hardly come."""
         return self._failures >= FAILURES
@@ -149,7 +143,8 @@ class Line:
         """Answer a job; whatever fails becomes an event, and the thread lives on."""
         started_s = time.monotonic()
         self._metrics.queued.add(started_s - job.submitted_s)
-        end, event = "failed", None  # type: tuple[str, Refusal | None]
+        end = "failed"
+        event: Refusal | None = None
         try:
             self._answer(job)
             end = "cancelled" if job.is_cancelled else job.answer.stop_reason
@@ -170,8 +165,8 @@ class Line:
             return
         prompt_ids = encode_text(self._loaded, job.asked.text)
         if not prompt_ids:
-            raise refuse("the prompt is empty", "prompt")
-        max_tokens = self._bound_answer(len(prompt_ids), job.asked.max_tokens)
+            raise refuse("the prompt is empty", job.asked.prompt_field)
+        max_tokens = self._bound_answer(len(prompt_ids), job.asked)
         job.prompt_tokens = len(prompt_ids)
         self._metrics.prompt_tokens.add(job.prompt_tokens)
         job.put("")
@@ -196,16 +191,15 @@ class Line:
         self._metrics.new_tokens.add(new - counted)
         return new
 
-    def _bound_answer(self, prompt_tokens: int, asked: int | None) -> int:
+    def _bound_answer(self, prompt_tokens: int, asked: Asked) -> int:
         """Return how many tokens the answer may have; Refusal when they do not fit."""
         rest = count_context(self._loaded) - prompt_tokens
-        new_tokens = asked or max(1, min(rest, self._answer_tokens))
+        new_tokens = asked.max_tokens or max(1, min(rest, self._answer_tokens))
         try:
             check_length(self._loaded, prompt_tokens, new_tokens)
         except Failure as failure:
-            message = f"{failure}; {failure.advice}"
-            code = "context_length_exceeded"
-            raise Refusal(400, message, param="messages", code=code) from None
+            message, code = f"{failure}; {failure.advice}", "context_length_exceeded"
+            raise refuse(message, asked.prompt_field, code) from None
         return new_tokens
 
 

@@ -39,5 +39,10 @@ def refuse(message: str, param: str | None = None, code: str | None = None) -> R
     return Refusal(400, message, param=param, code=code)
 
 
+def refuse_stopping() -> Refusal:
+    """Return a 503 for what comes when the server is told to stop."""
+    return Refusal(503, "this server is stopping", code="stopping")
+
+
 class Gone(Exception):
     """The client is no longer there; nobody is to be told anything."""

@@ -7,8 +7,8 @@ import time
 import traceback
 
 from .exchange import Exchange, Page
-from .refusal import Gone, Refusal
-from .routes import STOPPING, Call, find_route
+from .refusal import Gone, Refusal, refuse_stopping
+from .routes import Call, find_route
 from .service import Service
 from .wire import Connection, Head
 
@@ -93,7 +93,7 @@ async def _check_and_answer(exchange: Exchange, head: Head, service: Service) ->
     body = await exchange.connection.read_body(head)
     exchange.keeps_alive = may_follow and not service.is_stopping
     if service.is_stopping and not route.is_open:
-        raise STOPPING
+        raise refuse_stopping()
     service.busy += 1
     try:
         await route.answer(Call(exchange, service, name, body))

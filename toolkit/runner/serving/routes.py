@@ -17,7 +17,6 @@ from .strict import parse_object, show
 from .wire import Head
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
-STOPPING = Refusal(503, "this server is stopping", code="stopping")
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ async def _generate(exchange: Exchange, service: Service, asked: Asked) -> None:
     finally:
         exchange.note = f"{job.prompt_tokens} + {len(job.answer.token_ids)} tokens"
         watch.cancel()  # and the job with it, which is over unless the client left
-        await asyncio.wait([watch])
+        await asyncio.wait([watch])  # two must not read one connection, which is read next
 
 
 async def _send_whole(exchange: Exchange, job: Job, frame: Frame) -> None:

@@ -16,13 +16,13 @@ from ..loading import Loaded
 from .jobs import Line
 from .metrics import Metrics
 from .options import ServeOptions, open_listener, tell_url
+from .refusal import refuse_stopping
 from .requests import refuse_connection, serve_connection
-from .routes import STOPPING
 from .service import Service
 from .wire import PIECE_BYTES, Connection
 
 POLL_S = 0.05
-ENGINE_S = 5.0  # for an engine that is told to end in the middle of a token
+ENGINE_S = 2.0  # for an engine that is told to end in the middle of a token
 CLOSING_S = 1.0  # for connections whose clients do not read
 REFUSALS = 16  # connections beyond the limit that are told so; the rest are dropped
 
@@ -71,11 +71,11 @@ class Server:
         """Refuse those who wait, and wait for the rest; a second signal ends that at once."""
         service, patience_s = self._service, self._service.options.grace_s
         service.is_stopping = True
-        service.line.clear(STOPPING)
+        service.line.clear(refuse_stopping())
         while service.busy and patience_s > 0 and self._signals < 2:
             await asyncio.sleep(POLL_S)
             patience_s -= POLL_S
-        service.line.cancel_running(STOPPING)
+        service.line.cancel_running(refuse_stopping())
         for _ in range(int(1 / POLL_S)):  # the last words have to be sent
             if not service.busy:
                 return
@@ -110,7 +110,8 @@ class Server:
         """Have `_stop` called by signals, and where asked by the end of standard input."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop)
+            with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C ends it at once
+                loop.add_signal_handler(number, self._stop)
         if self._service.options.until_eof:
             threading.Thread(target=_wait_eof, args=(loop, self._stop), daemon=True).start()
 
