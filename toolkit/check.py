@@ -54,6 +54,11 @@ def _source_of(manifest: Manifest) -> str:
 
 def _recipe_of(manifest: Manifest, folder: Path) -> Recipe:
     """The recipe as the manifest records it, so that a later edit of the file changes nothing."""
+    if not manifest.plan:
+        raise ArtifactError(
+            f"{folder}: it was adopted: no recipe says how it was made",
+            advice="compare it with its source: phiship adopt SOURCE --checkpoint CHECKPOINT",
+        )
     kind = formats.get(manifest.format).RECIPE
     fields = {**manifest.plan, "name": manifest.name, "title": manifest.name}
     try:

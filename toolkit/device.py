@@ -153,8 +153,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     def usable_memory_bytes(self) -> int | None:
         """Available memory or the control group's rest, the smaller; None when neither is known.
 
-        With what our own service holds, for a push can pause it. Swap never counts: weights read from it again for every token are no use. On a Jetson the
-        GPU takes from the same memory.
+        With what our own service holds, for a push can pause it. Swap never counts: weights read
+        from it again for every token are no use. On a Jetson the GPU takes from the same memory.
         """
         known = (self.memory_available_bytes, self.memory_limit_bytes)
         free_bytes = min((count for count in known if count is not None), default=None)

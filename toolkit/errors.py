@@ -64,7 +64,7 @@ class ArtifactError(PhishipError):
 
 
 class UnreachableError(PhishipError):
-    """The device did not answer, or refused the login."""
+    """The device or endpoint did not answer, or refused the login."""
 
     exit_code = 11
 

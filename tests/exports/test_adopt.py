@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import write_random_checkpoint
 from tests.exports.elsewhere import PUBLISHED, edit, publish_onnx, strip, write_genie
 from toolkit.adopt import Wish, adopt
 from toolkit.adopt.found import Given
@@ -15,7 +16,13 @@ from toolkit.artifact import Manifest, Smoke, hash_file, read_manifest, verify_f
 from toolkit.console import Console
 from toolkit.deploy import Push, deploy
 from toolkit.device import Device
-from toolkit.errors import ArtifactError, PhishipError, UnsupportedError
+from toolkit.errors import (
+    ArtifactError,
+    GateError,
+    PhishipError,
+    SettingsError,
+    UnsupportedError,
+)
 from toolkit.formats.gguf.session import GgufSession
 from toolkit.quality.chat import render
 from toolkit.remote import generate
@@ -61,6 +68,27 @@ def test_an_artifact_gets_the_manifest_it_had(
     # The data file alone is counted in a plan, the graph beside it too when it is adopted.
     assert 0 <= found.device_memory_bytes - original.device_memory_bytes < 60_000
     verify_files(folder, found.files)
+
+
+@pytest.mark.parametrize("kind", ["gguf", "onnx", "mlx"])
+def test_what_is_compared_with_its_source_is_checked(
+    kind: str, artifacts: dict[str, Path], example: Path, tmp_path: Path
+) -> None:
+    source = strip(artifacts[kind], tmp_path / "source")
+    manifest = read_manifest(take(source, tmp_path / "out", checkpoint=str(example)))
+    original = read_manifest(artifacts[kind])
+    assert manifest.quality.checked
+    values = [(one.name, one.value) for one in manifest.quality.measures]
+    assert values == [(one.name, one.value) for one in original.quality.measures]
+    assert manifest.source.digest == original.source.digest
+
+
+def test_what_is_not_its_source_is_refused(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    other = write_random_checkpoint(tmp_path / "other", "mha")
+    source = strip(artifacts["gguf"], tmp_path / "source")
+    with pytest.raises(GateError):
+        take(source, tmp_path / "out", checkpoint=str(other))
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])  # the others' engines take 10 s each to start
@@ -336,6 +364,12 @@ def test_what_is_no_artifact(artifacts: dict[str, Path], tmp_path: Path) -> None
     ):
         with pytest.raises(ArtifactError, match=text):
             take(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../x", ".x", "a b", "a/b"])
+def test_a_name_that_is_no_folder(name: str, artifacts: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--name: got"):
+        take(strip(artifacts["onnx"], tmp_path / "source"), tmp_path / "out", name=name)
 
 
 def test_what_is_there_is_kept(artifacts: dict[str, Path], tmp_path: Path) -> None:

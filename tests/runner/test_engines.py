@@ -65,7 +65,7 @@ def test_no_stop_is_in_an_answer(loaded: Loaded) -> None:
     manifest = json.loads((loaded.artifact / "manifest.json").read_text("utf-8"))
     stop_texts, stop_ids = manifest["chat"]["stop_texts"], set(manifest["chat"]["stop_ids"])
     reasons = set()
-    for seed in range(6):
+    for seed in range(3):
         sampling = Sampling(0.0 if seed == 0 else 2.0, seed=seed)
         given = answer(loaded, ask_ids(loaded), 12, sampling)
         reasons.add(given.stop_reason)

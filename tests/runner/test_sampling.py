@@ -66,6 +66,8 @@ def test_a_seed_decides_in_every_process(runtime: str, models: dict[str, Loaded]
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_no_token_is_left_out(loaded: Loaded, top_p: float) -> None:
     """No top_k of 40 or 50, no min_p; and top_p counts what the temperature has made likely."""
+    if top_p == 1 and loaded.manifest.engine == "mlx_lm":
+        pytest.skip("MLX is slow on a CPU, and top_p only leaves out more")
     prompt = ask_ids(loaded)
     samples = [generate_ids(loaded, prompt, 1, Sampling(HOT, top_p, seed)) for seed in range(60)]
     # Of 1024 equally likely tokens 60 draws hit 58.3 on average, with a spread of 1.3.

@@ -1,7 +1,7 @@
 """Adopt an artifact made elsewhere: look at it, and seal it in a folder of its own.
 
-Nothing of the original changes: its files are linked, or copied where that does not go. What
-cannot be known is whether it is the model it claims to be; so it is sealed as unchecked.
+Nothing of the original changes: its files are linked, or copied where that does not go. Whether
+it is the model it claims to be is known only when there is a checkpoint to compare it with.
 """
 
 import hashlib
@@ -15,13 +15,19 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from toolkit import __version__, artifact
+import msgspec
+
+from toolkit import __version__, artifact, formats
 from toolkit.adopt import genie, gguf, mlx, onnx, openvino
 from toolkit.adopt.found import Found, Given
 from toolkit.artifact import Limits, Manifest, Quality, Runtime, Smoke, Source
 from toolkit.console import Console, format_bytes
-from toolkit.errors import ArtifactError, CheckpointError
+from toolkit.errors import ArtifactError, CheckpointError, SettingsError, UnsupportedError
+from toolkit.families import read_decoder
+from toolkit.quality.chat import read_chat
+from toolkit.quality.gate import run_gate
 from toolkit.report import Report
+from toolkit.source import open_source
 from toolkit.staging import check_free_disk, stage
 
 # A file that only this kind of folder has; looked for in this order.
@@ -34,29 +40,40 @@ MARKS: dict[str, ModuleType] = {
 }
 SMOKE = Smoke(prompt="What is the capital of France?", expect="Paris")
 ADOPTED = "adopted"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 DEEPEST = 3
 SHOWN_FOLDERS = 6
 
 
 @dataclass(frozen=True)
 class Wish:
-    """How to adopt: a name, a context, a question; `replace` an artifact of that name."""
+    """How to adopt: a name, a context, a question; `replace` an artifact of that name.
+
+    `checkpoint`, a folder or a Hugging Face id, is the source that it is compared with.
+    """
 
     name: str | None = None
     context_length: int | None = None
     tokenizer: Path | None = None
     provider: str | None = None
     smoke: Smoke = SMOKE
+    checkpoint: str | None = None
     replace: bool = False
     copy: bool = False
 
 
 def adopt(path: Path, out: Path, wish: Wish, console: Console, report: Report) -> Path:
-    """Seal what lies at `path` as `out`/NAME, unchecked, and return that folder.
+    """Seal what lies at `path` as `out`/NAME, and return that folder.
 
-    ArtifactError or UnsupportedError name file, key, found and allowed; nothing is left then.
+    It is checked only when there is a checkpoint to compare it with. ArtifactError or
+    UnsupportedError name file, key, found and allowed, GateError says what differs from the source;
+    nothing is left then.
     """
     name = wish.name or _choose_name(path)
+    if not NAME.fullmatch(name):
+        raise SettingsError(
+            f"--name: got {name!r}; allowed letters, digits, dashes, dots and underscores"
+        )
     with report.step("inspect") as step:
         found = inspect(
             Given(_find(path), name, wish.context_length, wish.tokenizer, wish.provider)
@@ -72,8 +89,11 @@ def adopt(path: Path, out: Path, wish: Wish, console: Console, report: Report) -
     with stage(out, name, ADOPTED) as staging:
         with report.step("take") as step:
             step.measured = _take(found, staging.folder, wish.copy, console)
+        manifest = _describe(name, found, wish.smoke)
+        if wish.checkpoint:
+            manifest = _check(found, staging.folder, manifest, wish.checkpoint, console, report)
         with report.step("seal") as step:
-            sealed = staging.publish(_describe(name, found, wish.smoke), console)
+            sealed = staging.publish(manifest, console)
             step.measured = f"{len(sealed.files)} files, {format_bytes(sealed.size_bytes)}"
     return final
 
@@ -208,6 +228,41 @@ def _describe(name: str, found: Found, smoke: Smoke) -> Manifest:
         files=(),
         notes=found.notes,
     )
+
+
+def _check(
+    found: Found, folder: Path, manifest: Manifest, reference: str, console: Console,
+    report: Report,
+) -> Manifest:  # fmt: skip
+    """The manifest with what the gate measured; GateError when it is not the source's model."""
+    if found.format not in formats.names():
+        raise UnsupportedError(
+            f"--checkpoint: {found.package} does not run here, so that nothing can be compared",
+            advice="adopt it without; it is sealed as unchecked then",
+        )
+    with report.step("source") as step:
+        checkpoint = open_source(reference, console)
+        decoder = read_decoder(checkpoint.config)
+        checkpoint.check(decoder)
+        step.measured = str(checkpoint.folder)
+    if found.format == "mlx" and found.valid_context[0] > 1:
+        decoder = decoder.with_long_rope()
+    with report.step("gate") as step:
+        session = formats.get(found.format).open_session(folder)
+        try:
+            quality = run_gate(
+                session, checkpoint, decoder, read_chat(checkpoint), manifest.limits,
+                check_logits=True, smoke=manifest.smoke, console=console,
+                context_length=found.context_length,
+            )  # fmt: skip
+        finally:
+            session.close()
+        measured = [one for one in quality.measures if one.limit is not None]
+        step.measured = "\n".join(f"{one.name} {one.value:.3g}" for one in measured)
+        step.limit = "\n".join(f"{one.limit:g}" for one in measured)
+    digest = checkpoint.fingerprint()
+    source = Source(model=ADOPTED, revision=checkpoint.revision, digest=digest)
+    return msgspec.structs.replace(manifest, quality=quality, source=source)
 
 
 def _digest(files: Mapping[str, Path]) -> str:

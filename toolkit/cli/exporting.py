@@ -57,6 +57,10 @@ def bundle_command(
     "--tokenizer", type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="A folder that has the tokenizer and the chat template, such as the source checkpoint's.",
 )  # fmt: skip
+@click.option(
+    "--checkpoint", help="Compare it with this source, a folder or a Hugging Face id, as `build` "
+    "does; it is sealed as checked then.",
+)  # fmt: skip
 @click.option("--provider", type=click.Choice(PROVIDERS), help="What it is to run on.")
 @click.option("--replace", is_flag=True, help="Replace an artifact of that name.")
 @click.option("--copy", is_flag=True, help="Copy files, also where links would do.")
@@ -65,14 +69,14 @@ def bundle_command(
 @json_option
 def adopt_command(
     source: Path, out: Path, name: str | None, context: int | None, tokenizer: Path | None,
-    provider: str | None, replace: bool, copy: bool, prompt: str | None, expect: str | None,
-    as_json: bool,
+    checkpoint: str | None, provider: str | None, replace: bool, copy: bool, prompt: str | None,
+    expect: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Seal an artifact made elsewhere, so that it can be deployed, served or bundled.
 
     SOURCE is a GGUF file, or a folder with ONNX (genai_config.json), MLX, OpenVINO, or a Genie
-    bundle (genie_config.json). It is looked at and never changed; nobody compares it with its
-    source, so that deploying it takes --accept-unchecked.
+    bundle (genie_config.json). It is looked at and never changed. Without --checkpoint nobody
+    compares it with its source, so that deploying it takes --accept-unchecked.
     """
     from toolkit.adopt import SMOKE, Wish, adopt
     from toolkit.build import raise_on_sigterm
@@ -81,9 +85,10 @@ def adopt_command(
     console, report = Console(as_json=as_json), Report(f"adopt {source.name}")
     wish = Wish(
         name=name, context_length=context, tokenizer=tokenizer, provider=provider,
-        smoke=read_smoke(prompt, expect) or SMOKE, replace=replace, copy=copy,
+        smoke=read_smoke(prompt, expect) or SMOKE, checkpoint=checkpoint, replace=replace,
+        copy=copy,
     )  # fmt: skip
     with rendering(console, report):
         folder = adopt(source, out, wish, console, report)
     console.event("adopted", path=str(folder))
-    console.result(f"{folder}: deploy it with --accept-unchecked")
+    console.result(str(folder) if checkpoint else f"{folder}: deploy it with --accept-unchecked")

@@ -70,12 +70,13 @@ def check_python(facts: Facts, package: str) -> Finding:
 def check_engine(facts: Facts, manifest: Manifest, *, installs: bool) -> Finding:
     """The engine imports, or there are wheels of it; how its import ended, when it is there."""
     engine, runtime = facts.engine, manifest.runtime
+    wheels = check_wheels(facts, runtime.package)
     if engine is not None and engine.importable:
         if is_same_version(engine.version, runtime.version) or not engine.version:
             return Finding("engine", "ok", f"{engine.package} {engine.version} can be imported")
         text = f"{engine.package} {engine.version} is there; it was checked with {runtime.version}"
-        return Finding("engine", "warning", text)
-    wheels = check_wheels(facts, runtime.package)
+        is_brought = installs and wheels.verdict != "refused"
+        return Finding("engine", "ok" if is_brought else "warning", text)
     if engine is None:
         return wheels
     if engine.is_installed:

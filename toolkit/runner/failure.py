@@ -22,3 +22,12 @@ class Failure(Exception):
             "advice": self.advice,
             **self.details,
         }
+
+
+def disk_full(found: str) -> Failure:
+    """Return the failure of a write that had no room; `found` says what is free and needed."""
+    return Failure(
+        "disk_full",
+        f"the device's disk is full: {found}",
+        "free some space there, or choose a folder on another disk: `root:` in devices.yaml",
+    )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..failure import Failure
+from ..failure import Failure, disk_full
 from .durable import sync_folder
 
 if TYPE_CHECKING:
@@ -110,11 +110,8 @@ def _receive_blob(agent: Agent, sha256: str, size_bytes: int, from_bytes: int) -
         part.unlink(missing_ok=True)
         if error.errno not in FULL:
             raise
-        raise Failure(
-            "disk_full",
-            f"the device's disk is full: {free_bytes} bytes are free, "
-            f"{size_bytes - from_bytes} are needed",
-        ) from error
+        need_bytes = size_bytes - from_bytes
+        raise disk_full(f"{free_bytes} bytes are free, {need_bytes} are needed") from error
     if digest.hexdigest() != sha256:
         part.unlink()
         return False

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import engines
-from ..failure import Failure
+from ..failure import Failure, disk_full
 from . import journal
 from .blobs import hash_file
 from .child import import_engine, run_child
@@ -118,7 +118,7 @@ def _check_space(layout: Layout, links: list[Path]) -> None:
         need_bytes += sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in sizes)
     free_bytes = layout.count_free_bytes()
     if free_bytes < need_bytes:
-        raise _disk_full(f"{free_bytes} bytes are free, the runtime needs {need_bytes}")
+        raise disk_full(f"{free_bytes} bytes are free, the runtime needs {need_bytes}")
 
 
 def _install(fresh: Path, installer: Path, links: list[Path], wheels: dict[str, str]) -> None:
@@ -154,7 +154,7 @@ def _run(what: str, command: list[str], fresh: Path) -> None:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line[len("ERROR: ") :] for line in lines if line.startswith("ERROR: ")]
     if any(words in text for words in FULL_WORDS):
-        raise _disk_full(errors[-1] if errors else lines[-1])
+        raise disk_full(errors[-1] if errors else lines[-1])
     if "No module named venv" in text:
         raise Failure(
             "runtime",
@@ -236,11 +236,3 @@ def _read_name(wheel: Path) -> tuple[str, str]:
     """Return a wheel's package, in its normal form, and version."""
     name, version = wheel.name.split("-")[:2]
     return name.replace("_", "-").replace(".", "-").lower(), version
-
-
-def _disk_full(found: str) -> Failure:
-    return Failure(
-        "disk_full",
-        f"the device's disk is full: {found}",
-        "free some space there, or choose a folder on another disk: `root:` in devices.yaml",
-    )
