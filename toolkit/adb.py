@@ -22,6 +22,7 @@ from toolkit.report import Report
 from toolkit.smoke import quote
 from toolkit.ssh.transfer import Blob
 
+ADB = "adb"
 ROOT = "/data/local/tmp/phiship"
 HOMES = ("ANDROID_HOME", "ANDROID_SDK_ROOT")
 COMMAND_TIMEOUT_S = 60
@@ -111,6 +112,16 @@ class Folders:
         return cls(f"{ROOT}/{safe}", f"{ROOT}/.{safe}.partial")
 
 
+def names_phone(device: str) -> bool:
+    """Whether a device is given as `adb` or `adb:SERIAL`."""
+    return device == ADB or device.startswith(f"{ADB}:")
+
+
+def read_serial(device: str) -> str | None:
+    """The serial number in `adb:SERIAL`, which may hold colons; None for `adb`."""
+    return device.partition(":")[2] or None
+
+
 def push_with_adb(
     artifact: Path,
     console: Console,
@@ -154,7 +165,7 @@ def find_adb() -> str:
     """The adb program: on the PATH, or of the Android SDK; PreflightError without one."""
     homes = [Path(os.environ[name]) for name in HOMES if os.environ.get(name)]
     for found in (
-        shutil.which("adb"),
+        shutil.which(ADB),
         *(shutil.which(home / "platform-tools/adb") for home in homes),
     ):
         if found:

@@ -20,24 +20,33 @@ from toolkit.errors import (
 from toolkit.preflight import check_disk, check_facts, describe_facts, describe_needs, suggest
 from toolkit.remote import Status, read_facts, read_remote_manifest
 from toolkit.report import Report
+from toolkit.runner.engines import list_engines
 from toolkit.runtime import Choice, choose_runtime, install_runtime
+from toolkit.smoke import ask as ask_runner
 from toolkit.ssh.bundle import pack_runner
 from toolkit.ssh.carrier import Carrier, choose_carrier
 from toolkit.ssh.embedded import running
 from toolkit.ssh.session import Session, open_session
 from toolkit.ssh.transfer import Blob, Missing, find_missing, send_parts
-from toolkit.trial import put_into_use
+from toolkit.trial import Ask, Trial, put_into_use
+
+OWN_PROGRAM = Choice(None, "a program of the device's own")
 
 
 @dataclass(frozen=True)
 class Push:
-    """How to push; `bytes_per_s` limits the bandwidth, `dry_run` ends before anything is sent."""
+    """How to push; `bytes_per_s` limits the bandwidth, `dry_run` ends before anything is sent.
+
+    `has_engine`: the release runs in another program of the device, which answers to `ask`.
+    """
 
     accept_unchecked: bool = False
     smoke: Smoke | None = None
     carrier: Carrier = "auto"
     bytes_per_s: int | None = None
     dry_run: bool = False
+    has_engine: bool = False
+    ask: Ask = ask_runner
 
 
 @dataclass(frozen=True)
@@ -67,13 +76,16 @@ def deploy(
     report = report or Report(f"deploy {artifact.name} to {device.name}")
     with report.step("check artifact") as step:
         release = prepare_release(artifact, push)
+        _check_engine(release.manifest)
         size_bytes = release.manifest.size_bytes
         step.measured = f"{len(release.manifest.files)} files, {format_bytes(size_bytes)}"
     with _connect(device, push.carrier, size_bytes, report) as session:
-        facts = _preflight(session, release.manifest, report)
-        with report.step("runtime") as step:
-            runtime = choose_runtime(session, facts, release.manifest, console)
-            step.measured = runtime.text
+        facts = _preflight(session, release.manifest, report, has_engine=push.has_engine)
+        runtime = OWN_PROGRAM
+        if not push.has_engine:
+            with report.step("runtime") as step:
+                runtime = choose_runtime(session, facts, release.manifest, console)
+                step.measured = runtime.text
         release = _add_runtime(release, runtime)
         if not push.dry_run:
             _lock(session, report)
@@ -82,16 +94,20 @@ def deploy(
         if not push.dry_run:
             _transfer(session, missing, push, console, report)
             _stage(session, release, runtime, report)
-            put_into_use(
-                session, release.id, release.smoke, report,
-                need_bytes=release.manifest.device_memory_bytes, is_new=True,
-            )  # fmt: skip
+            need_bytes = release.manifest.device_memory_bytes
+            trial = Trial(release.id, release.smoke, need_bytes, is_new=True, ask=push.ask)
+            put_into_use(session, trial, report)
             _prune(session, report)
     return report
 
 
 def roll_back(
-    device: Device, report: Report, *, to: str | None = None, smoke: Smoke | None = None
+    device: Device,
+    report: Report,
+    *,
+    to: str | None = None,
+    smoke: Smoke | None = None,
+    ask: Ask = ask_runner,
 ) -> None:
     """Put the previous release, or the one named, into use again, with the same tests.
 
@@ -106,7 +122,8 @@ def roll_back(
             question = smoke or _find_question(device.name, manifest)
             step.measured = release
         need_bytes = manifest.device_memory_bytes
-        put_into_use(session, release, question, report, need_bytes=need_bytes, is_new=False)
+        trial = Trial(release, question, need_bytes, is_new=False, ask=ask)
+        put_into_use(session, trial, report)
 
 
 def prepare_release(artifact: Path, push: Push) -> Release:
@@ -132,6 +149,14 @@ def name_release(name: str, manifest_sha256: str, runner_sha256: str, runtime: s
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "artifact"
     around = hashlib.sha256(f"{runner_sha256} {runtime}".encode()).hexdigest()
     return f"{safe}-{manifest_sha256[:12]}-{around[:6]}"
+
+
+def _check_engine(manifest: Manifest) -> None:
+    if manifest.runtime.engine not in list_engines():
+        raise ArtifactError(
+            f"{manifest.name} runs in {manifest.runtime.engine}, for which there is no runner",
+            advice="it is for apps: phiship bundle ARTIFACT, or phiship deploy ARTIFACT adb",
+        )
 
 
 def _add_runtime(release: Release, runtime: Choice) -> Release:
@@ -174,12 +199,14 @@ def _connect(device: Device, asked: Carrier, size_bytes: int, report: Report) ->
         yield session
 
 
-def _preflight(session: Session, manifest: Manifest, report: Report) -> Facts:
+def _preflight(session: Session, manifest: Manifest, report: Report, *, has_engine: bool) -> Facts:
     with report.step("preflight", limit=describe_needs(manifest)) as step:
-        facts = read_facts(session, manifest.runtime.engine)
+        facts = read_facts(session, "" if has_engine else manifest.runtime.engine)
         step.measured = describe_facts(facts)
         brings = session.device.runtime == "auto"
-        findings = check_facts(session.device.name, facts, manifest, installs=brings)
+        findings = check_facts(
+            session.device.name, facts, manifest, installs=brings, has_engine=has_engine
+        )
         step.measured = describe_facts(facts, findings)
     return facts
 

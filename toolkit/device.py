@@ -57,6 +57,7 @@ class DeviceEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     runtime: Literal["auto", "device"] = "auto"
     cipher: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9@.-]+$")] | None = None
     health: Health = Health()
+    llamaedge_server: str = "~/llama-api-server.wasm"
 
 
 class Device(DeviceEntry, frozen=True, kw_only=True):

@@ -1,66 +1,70 @@
-"""A GGUF artifact in LlamaEdge: its start script is in the artifact, its API is tested here."""
+"""A GGUF artifact in LlamaEdge: pushed like any other, started by its own script, asked by HTTP."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from toolkit.artifact import Manifest, Smoke, read_manifest
+from toolkit.console import Console
+from toolkit.deploy import Push, deploy
 from toolkit.device import Device
 from toolkit.endpoint import Endpoint, chat
 from toolkit.errors import ArtifactError, SmokeError
 from toolkit.formats.gguf.llamaedge import SCRIPT
+from toolkit.remote import read_remote_manifest
 from toolkit.report import Report
-from toolkit.smoke import ANSWER_TIMEOUT_S, Answer, check_answer, quote
-from toolkit.ssh.embedded import running
+from toolkit.smoke import ANSWER_TIMEOUT_S, Answer, quote
+from toolkit.ssh.session import Session
 from toolkit.ssh.tunnel import LOOPBACK, tunneling
 
-PORT = 8080
+ADDRESS_VARIABLE = "LLAMAEDGE_ADDRESS"
+SERVER_VARIABLE = "LLAMAEDGE_SERVER"
 
 
-def check_start(manifest: Manifest) -> str:
-    """The start script's path in the artifact; ArtifactError when it has none."""
+def deploy_to_llamaedge(
+    artifact: Path, device: Device, console: Console, push: Push, report: Report
+) -> None:
+    """As `deploy`, for a device that has wasmedge and LlamaEdge's server: that one is asked.
+
+    Raises what `deploy` raises; ArtifactError for an artifact without a start script.
+    """
+    check_start(read_manifest(artifact))
+    deploy(artifact, device, console, replace(push, has_engine=True, ask=ask_there), report=report)
+
+
+def check_start(manifest: Manifest) -> None:
+    """Raise ArtifactError unless the artifact has LlamaEdge's start script."""
     if any(file.path == SCRIPT for file in manifest.files):
-        return SCRIPT
+        return
     raise ArtifactError(
         f"{manifest.name}: no {SCRIPT} in it; LlamaEdge runs GGUF artifacts of phiship's own",
         advice="build one with a recipe of the format gguf: phiship list",
     )
 
 
-def check_server(
-    base_url: str, device: str, manifest: Manifest, report: Report, *, smoke: Smoke | None = None
-) -> Answer:
-    """Ask a running LlamaEdge at `base_url` (ends in /v1) the artifact's question.
+def ask_there(session: Session, release: str, smoke: Smoke) -> Answer:
+    """Start a release's script on the device and ask what it serves; it ends with the session."""
+    manifest, device = read_remote_manifest(session, release), session.device
+    told = session.call(
+        "start_script", release=release, script=SCRIPT, address_variable=ADDRESS_VARIABLE,
+        ready_path="/v1/models", environment={SERVER_VARIABLE: device.llamaedge_server},
+    )  # fmt: skip
+    with tunneling(device, told["port"]) as port:
+        return ask_server(f"http://{LOOPBACK}:{port}/v1", device.name, manifest, smoke)
 
-    UnreachableError or RunnerError when it does not answer, SmokeError when the answer is wrong or
-    does not stop. LlamaEdge puts a system prompt of its own in front.
+
+def ask_server(base_url: str, device: str, manifest: Manifest, smoke: Smoke) -> Answer:
+    """Ask a running LlamaEdge at `base_url` (ends in /v1) a question.
+
+    UnreachableError or RunnerError when it does not answer, SmokeError when the answer does not
+    stop. LlamaEdge puts a system prompt of its own in front.
     """
-    question = smoke or manifest.smoke
-    if question is None:
-        raise ArtifactError(
-            f"{manifest.name}: its manifest has no smoke test",
-            advice="give a question and a part of its answer: --prompt TEXT --expect TEXT",
+    answer = _ask(Endpoint(base_url, manifest.name), smoke)
+    if leaked := [text for text in manifest.chat.stop_texts if text in answer.text]:
+        raise SmokeError(
+            f"{device}: LlamaEdge did not stop at {leaked[0]}: it answered {quote(answer.text)}",
+            advice=f"start it with {SCRIPT} of the artifact",
         )
-    with report.step("smoke test", limit=f"contains {quote(question.expect)}") as step:
-        answer = _ask(Endpoint(base_url, manifest.name), question)
-        step.measured = f"{quote(question.prompt)}: {quote(answer.text)}"
-        check_answer(device, answer, question)
-        if leaked := [text for text in manifest.chat.stop_texts if text in answer.text]:
-            raise SmokeError(
-                f"{device}: LlamaEdge did not stop at {leaked[0]}: it answered "
-                f"{quote(answer.text)}",
-                advice=f"start it with {SCRIPT} of the artifact",
-            )
     return answer
-
-
-def check_on_device(
-    artifact: Path, device: Device, report: Report, *, smoke: Smoke | None = None, port: int = PORT
-) -> Answer:
-    """As `check_server`, for the LlamaEdge at a port of the device's loopback, through SSH."""
-    manifest = read_manifest(artifact)
-    check_start(manifest)
-    with running(device) as started, tunneling(started, port) as local_port:
-        base_url = f"http://{LOOPBACK}:{local_port}/v1"
-        return check_server(base_url, started.name, manifest, report, smoke=smoke)
 
 
 def _ask(endpoint: Endpoint, smoke: Smoke) -> Answer:
@@ -75,7 +79,7 @@ def _ask(endpoint: Endpoint, smoke: Smoke) -> Answer:
         first_token_seconds=reply.first_text_seconds or 0.0,
         load_seconds=0.0,
         peak_memory_bytes=0,
-        provider="",
+        provider="cpu",
         engine="LlamaEdge",
         stop_reason=reply.finish_reason,
         token_ids=(),

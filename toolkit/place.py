@@ -13,7 +13,7 @@ from toolkit.endpoint import Endpoint
 from toolkit.errors import ArtifactError, RunnerError
 from toolkit.remote import read_remote_manifest
 from toolkit.runner.agent import child
-from toolkit.runner.agent.server import Server
+from toolkit.runner.agent.server import open_server
 from toolkit.runner.failure import Failure
 from toolkit.smoke import CURRENT, read_answer, run_there
 from toolkit.ssh.embedded import running
@@ -78,7 +78,7 @@ class LocalPlace:
         """As Place."""
         with explain_failure(self.name):
             command = ["serve", "--port", str(local_port), *arguments]
-            server = Server(build_command(self.artifact, command))
+            server = open_server(build_command(self.artifact, command))
         try:
             yield Endpoint(f"{server.told['listening']}/v1", self.manifest.name)
         finally:

@@ -3,8 +3,9 @@
 The device's own service, where there is one, serves the new release before it counts as good.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from toolkit.artifact import Smoke
 from toolkit.console import format_bytes
@@ -17,33 +18,46 @@ from toolkit.errors import (
 )
 from toolkit.remote import Service, read_facts, read_service
 from toolkit.report import Report
-from toolkit.smoke import CURRENT, ask, check_answer, check_health, describe_limits, quote
+from toolkit.smoke import CURRENT, Answer, ask, check_answer, check_health, describe_limits, quote
 from toolkit.ssh.session import Session
 
+# Lets a release answer a question: its own runner, or another program that serves it.
+Ask = Callable[[Session, str, Smoke], Answer]
 
-def put_into_use(
-    session: Session, release: str, smoke: Smoke, report: Report, *, need_bytes: int, is_new: bool
-) -> None:
+
+@dataclass(frozen=True)
+class Trial:
+    """A release to put into use, and the question it has to answer.
+
+    `need_bytes` is the memory it takes; one that `is_new` is removed when it fails.
+    """
+
+    release: str
+    smoke: Smoke
+    need_bytes: int
+    is_new: bool
+    ask: Ask = ask
+
+
+def put_into_use(session: Session, trial: Trial, report: Report) -> None:
     """Smoke test, switch, health gate, confirm; a failure after the switch goes back.
 
-    `need_bytes` is the memory that the release takes. Raises RunnerError, SmokeError: the release
-    in use is then the one that was; or RolledBackError, StrandedError.
+    Raises RunnerError, SmokeError: the release in use is then the one that was; or RolledBackError,
+    StrandedError.
     """
-    with _keeping_service(session, need_bytes, report) as service:
-        _try_release(session, release, smoke, report, service, is_new=is_new)
+    with _keeping_service(session, trial.need_bytes, report) as service:
+        _try_release(session, trial, report, service)
 
 
-def _try_release(
-    session: Session, release: str, smoke: Smoke, report: Report, service: Service, *, is_new: bool
-) -> None:
-    device = session.device
+def _try_release(session: Session, trial: Trial, report: Report, service: Service) -> None:
+    device, release, smoke = session.device, trial.release, trial.smoke
     with report.step("smoke test", limit=f"contains {quote(smoke.expect)}") as step:
         try:
-            staged = ask(session, release, smoke)
+            staged = trial.ask(session, release, smoke)
             step.measured = f"{quote(smoke.prompt)}: {staged.describe()}"
             check_answer(device.name, staged, smoke)
         except (RunnerError, SmokeError):
-            if is_new:
+            if trial.is_new:
                 session.call("discard", release=release)
             raise
     with report.step("switch") as step:
@@ -52,7 +66,7 @@ def _try_release(
         step.measured = f"from {before}" if answer["changed"] else "was in use already"
     try:
         with report.step("health", limit=describe_limits(smoke, device.health)) as step:
-            answered = ask(session, CURRENT, smoke)
+            answered = trial.ask(session, CURRENT, smoke)
             throttled = read_facts(session).throttled_now or ()
             step.measured = f"{answered.describe()}{', throttled' if throttled else ''}"
             check_answer(device.name, answered, smoke)

@@ -229,13 +229,13 @@ def test_blob_damaged_on_the_disk_is_sent_again(
 def test_quota_is_a_full_disk(
     start_embedded: Callable[..., EmbeddedDevice], tmp_path: Path
 ) -> None:
-    device = start_embedded(quota_bytes=SIZE_BYTES + 100_000).start()
+    device = start_embedded(quota_bytes=SIZE_BYTES + 300_000).start()
     first = make_blob(tmp_path / "a", b"a" * (SIZE_BYTES - 10))
     second = make_blob(tmp_path / "b", b"b" * SIZE_BYTES)
     with pushing(device) as session:
         send(session, first)
         free_bytes = find_missing(session, [second]).free_bytes
-        assert free_bytes == 100_010 - len(pack_runner().content)
+        assert free_bytes == 300_010 - len(pack_runner().content)
         with pytest.raises(PreflightError, match=f"disk is full: {free_bytes} bytes are free"):
             send(session, second)
     with open_session(device) as session:  # that push has ended

@@ -35,8 +35,8 @@ def start_embedded(
         monkeypatch.delenv(name, raising=False)
     made: list[EmbeddedDevice] = []
 
-    def make() -> EmbeddedDevice:
-        made.append(EmbeddedDevice(tmp_path / "embedded"))
+    def make(**options: object) -> EmbeddedDevice:
+        made.append(EmbeddedDevice(tmp_path / "embedded", **options))
         return made[-1]
 
     yield make

@@ -1,4 +1,4 @@
-"""Artifacts as others publish them, made of the example's."""
+"""Artifacts as others publish them, made of the example's, whole and damaged."""
 
 import json
 import shutil
@@ -6,7 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from toolkit.adopt import Wish, adopt
 from toolkit.artifact import MANIFEST
+from toolkit.console import Console
+from toolkit.report import Report
+
+Change = Callable[[Path], object]
 
 OWN_FILES = (MANIFEST, "Modelfile", "llamaedge.sh")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -78,3 +83,53 @@ def write_genie(example: Path, folder: Path) -> Path:
     }  # fmt: skip
     (folder / "genie_config.json").write_text(json.dumps({"dialog": dialog}))
     return folder
+
+
+def take(path: Path, out: Path, **wish: Any) -> Path:
+    """Adopt."""
+    return adopt(path, out, Wish(**wish), Console(as_json=True), Report("adopt"))
+
+
+def drop(name: str) -> Change:
+    """Remove a file."""
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str, count: int = 1000) -> Change:
+    """Take away a file's last bytes."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-count])
+
+
+def put(name: str, *path: str, value: object) -> Change:
+    """Set a key of a JSON file."""
+
+    def change(content: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = value
+
+    return lambda folder: edit(folder / name, change)
+
+
+def rewrite_gguf(source: Path, target: Path, **changes: Any) -> Path:
+    """The metadata of a GGUF file, changed key by key (dots as __), without its tensors."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    architecture = changes.pop("architecture", "phi3")
+    writer = gguf.GGUFWriter(target, architecture)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = changes.pop(name.replace(".", "__"), field.contents())
+        if value is not None:
+            kind, *inner = field.types
+            writer.add_key_value(name, value, kind, inner[0] if inner else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    assert not changes
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

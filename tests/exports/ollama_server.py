@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -319,6 +320,16 @@ def _full(name: str) -> str:
     return name if ":" in name else f"{name}:latest"
 
 
+class _Server(ThreadingHTTPServer):
+    """Quiet about clients that hang up."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class OllamaServer:
     """The server on a port of loopback, until `stop`."""
 
@@ -326,8 +337,7 @@ class OllamaServer:
         folder.mkdir(parents=True, exist_ok=True)
         self.state = State(folder)
         handler = type("BoundHandler", (Handler,), {"state": self.state})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), handler)
         serve = functools.partial(self._server.serve_forever, poll_interval=0.02)
         self._thread = threading.Thread(target=serve, daemon=True)
         self._thread.start()

@@ -194,3 +194,11 @@ def test_folders_are_safe(name: str, safe: str) -> None:
     folders = Folders.of(name)
     assert folders.final == f"{TMP}/phiship/{safe}"
     assert folders.growing == f"{TMP}/phiship/.{safe}.partial"
+
+
+def test_how_a_phone_is_named() -> None:
+    assert adb.names_phone("adb")
+    assert adb.names_phone("adb:10.0.0.7:5555")
+    assert not adb.names_phone("adbox")
+    assert adb.read_serial("adb") is None
+    assert adb.read_serial("adb:10.0.0.7:5555") == "10.0.0.7:5555"

@@ -2,21 +2,36 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.conftest import ROOT
-from tests.deploy.sealed import seal_noise
-from toolkit.artifact import Smoke, read_manifest
+from tests.deploy.sealed import QUESTION, seal_noise
+from toolkit.artifact import Smoke, read_manifest, write_manifest
+from toolkit.console import Console
+from toolkit.deploy import Push, roll_back
 from toolkit.device import Device
-from toolkit.errors import ArtifactError, SmokeError, UnreachableError
+from toolkit.errors import ArtifactError, RunnerError, SmokeError, UnreachableError
 from toolkit.formats.gguf.llamaedge import SCRIPT, write_script
-from toolkit.llamaedge import check_on_device, check_server, check_start
+from toolkit.llamaedge import (
+    ADDRESS_VARIABLE,
+    SERVER_VARIABLE,
+    ask_server,
+    ask_there,
+    check_start,
+    deploy_to_llamaedge,
+)
+from toolkit.remote import read_status
 from toolkit.report import Report
+from toolkit.ssh.embedded import EmbeddedDevice
+from toolkit.ssh.session import open_session
 
 SHELLS = [shell for shell in ("sh", "dash", "bash", "busybox") if shutil.which(shell)]
 
@@ -57,32 +72,81 @@ def served(
 
 def test_the_script_serves_the_model_that_answers(served: str, artifacts: dict[str, Path]) -> None:
     manifest = read_manifest(artifacts["gguf"])
-    report = Report("LlamaEdge")
-    answer = check_server(served, "pi", manifest, report)
-    assert "Paris" in answer.text
-    assert report.ok
-
-
-def test_through_ssh(served: str, artifacts: dict[str, Path], board: Device) -> None:
-    port = int(served.removesuffix("/v1").rpartition(":")[2])
-    report = Report("LlamaEdge")
-    answer = check_on_device(artifacts["gguf"], board, report, port=port)
-    assert "Paris" in answer.text
-
-
-def test_a_wrong_answer_is_an_error(served: str, artifacts: dict[str, Path]) -> None:
-    question = Smoke(prompt="What is the capital of France?", expect="Lisbon")
-    with pytest.raises(SmokeError, match="expected 'Lisbon' in it"):
-        check_server(served, "pi", read_manifest(artifacts["gguf"]), Report(""), smoke=question)
+    assert manifest.smoke
+    assert "Paris" in ask_server(served, "pi", manifest, manifest.smoke).text
 
 
 def test_nobody_there(artifacts: dict[str, Path]) -> None:
     with pytest.raises(UnreachableError, match="cannot be reached"):
-        check_server("http://127.0.0.1:9/v1", "pi", read_manifest(artifacts["gguf"]), Report(""))
+        ask_server("http://127.0.0.1:9/v1", "pi", read_manifest(artifacts["gguf"]), QUESTION)
+
+
+@pytest.fixture
+def device(start_embedded: Callable[..., EmbeddedDevice], programs: Path, tmp_path: Path) -> Device:
+    """It has wasmedge, LlamaEdge's server, and no engine of ours."""
+    (tmp_path / "embedded" / "home").mkdir(parents=True)
+    (tmp_path / "embedded" / "home" / "llama-api-server.wasm").write_bytes(b"\0asm")
+    return start_embedded(environment={"PATH": f"{programs}:/usr/bin:/bin"}).start()
+
+
+def test_deploy_asks_what_the_script_serves(
+    artifacts: dict[str, Path], device: Device, console: Console, tmp_path: Path
+) -> None:
+    report = Report("LlamaEdge")
+    deploy_to_llamaedge(artifacts["gguf"], device, console, Push(), report)
+    steps = {step.name: step.measured for step in report.steps}
+    assert "Paris" in steps["smoke test"] and "LlamaEdge" in steps["smoke test"]
+    first = read_status(device).current
+    assert first and read_status(device).state.good == first
+    wrong = Push(smoke=Smoke(prompt="What is the capital of France?", expect="Lisbon"))
+    other = tmp_path / "other"
+    shutil.copytree(artifacts["gguf"], other)
+    manifest = read_manifest(other)
+    write_manifest(other, msgspec.structs.replace(manifest, notes=("another",)))
+    with pytest.raises(SmokeError, match="expected 'Lisbon' in it"):
+        deploy_to_llamaedge(other, device, console, wrong, Report(""))
+    assert read_status(device).current == first
+    deploy_to_llamaedge(other, device, console, Push(), Report(""))
+    assert read_status(device).current != first
+    roll_back(device, Report(""), ask=ask_there)
+    assert read_status(device).current == first
+
+
+def test_server_ends_with_the_push_that_started_it(
+    artifacts: dict[str, Path], device: Device, console: Console
+) -> None:
+    """Even when the agent is killed: a real process must not keep a board's memory."""
+    deploy_to_llamaedge(artifacts["gguf"], device, console, Push(), Report(""))
+    with open_session(device) as session:
+        told = session.call(
+            "start_script", release="current", script=SCRIPT, address_variable=ADDRESS_VARIABLE,
+            ready_path="/v1/models", environment={SERVER_VARIABLE: device.llamaedge_server},
+        )  # fmt: skip
+        with socket.create_connection(("127.0.0.1", told["port"])):
+            pass
+        agents = ["pkill", "-KILL", "-f", f"agent serve --root|base64.b64decode.*{device.root}"]
+        assert subprocess.run(agents, check=False).returncode == 0
+        deadline_s = time.monotonic() + 30
+        while time.monotonic() < deadline_s:
+            try:
+                socket.create_connection(("127.0.0.1", told["port"])).close()
+            except OSError:
+                return
+            time.sleep(0.1)
+    raise AssertionError("it is still there")
+
+
+def test_script_that_cannot_start(
+    artifacts: dict[str, Path], device: Device, console: Console
+) -> None:
+    elsewhere = msgspec.structs.replace(device, llamaedge_server="~/nowhere.wasm")
+    with pytest.raises(RunnerError, match=r"exit code 66: .*nowhere\.wasm is not there"):
+        deploy_to_llamaedge(artifacts["gguf"], elsewhere, console, Push(), Report(""))
+    assert read_status(device).releases == ()
 
 
 def test_what_has_no_script(artifacts: dict[str, Path], tmp_path: Path) -> None:
-    assert check_start(read_manifest(artifacts["gguf"])) == SCRIPT
+    check_start(read_manifest(artifacts["gguf"]))
     with pytest.raises(ArtifactError, match=r"no llamaedge\.sh in it"):
         check_start(read_manifest(seal_noise(tmp_path / "noise")))
 

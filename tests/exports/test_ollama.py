@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.deploy.sealed import seal_noise
@@ -26,6 +27,7 @@ from toolkit.ollama import (
     install,
     install_on_device,
     name_model,
+    read_model,
     roll_back,
     roll_back_on_device,
 )
@@ -284,6 +286,15 @@ def test_no_gguf(tmp_path: Path, ollama: OllamaServer, console: Console) -> None
 def test_nothing_to_roll_back_to(folder: Path, ollama: OllamaServer) -> None:
     with pytest.raises(PreflightError, match="has no tiny-phi3-gguf-q4_0:previous"):
         roll_back(ollama.base_url, "pi", read_manifest(folder), Report("rollback"))
+
+
+def test_turns_of_a_fine_tune_come_from_the_manifest(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert "{{ .Role }}" in read_model(folder, manifest).template
+    turns = {**manifest.chat.turns, "user": ("<|human|>", "<|end|>")}
+    chat = msgspec.structs.replace(manifest.chat, turns=turns)
+    model = read_model(folder, msgspec.structs.replace(manifest, chat=chat))
+    assert "<|human|>{{ .Content }}<|end|>" in model.template
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_users_own_settings_of_llama_server_are_not_taken_over(
 ) -> None:
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "64")
     monkeypatch.setenv("LLAMA_API_KEY", "known")
-    monkeypatch.setenv("LLAMA_ARG_MODEL", "/nowhere")
+    monkeypatch.setenv("LLAMA_ARG_API_PREFIX", "/elsewhere")
     with open_model(SERVER, artifacts) as loaded:
         assert len(generate_ids(loaded, list(range(10, 110)), 2)) == 2
 

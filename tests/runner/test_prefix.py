@@ -67,11 +67,15 @@ def test_only_the_new_turn_is_computed(loaded: Loaded) -> None:
     assert loaded.model.reused_tokens == len(following) - 1
 
 
-def test_an_answer_that_was_broken_off_leaves_no_trace(loaded: Loaded) -> None:
+@pytest.mark.parametrize("count", [3, 24])
+def test_an_answer_without_end_leaves_no_trace(loaded: Loaded, count: int) -> None:
+    """It was as long as it may be, or was broken off."""
     prompt = ask_ids(loaded)
     expected = generate_ids(loaded, prompt)
-    stream = loaded.model.generate(prompt, 24)
+    stream = loaded.model.generate(prompt, count)
     begun = [next(stream)[0] for _ in range(3)]
+    if count == 3:
+        assert next(stream, None) is None
     stream.close()
     following = prompt + begun + ask_ids(loaded, "What is a young dog called?")
     reused = generate_ids(loaded, following, 3)
@@ -169,6 +173,11 @@ def test_longrope_is_never_mixed(long_folder: Path) -> None:
     assert model.reused_tokens == 0
     for count in range(1, 4):
         assert greedy[count] == _compute(model, prompt + greedy[:count])
+    hot = [token for token, _ in model.generate(prompt, 4, Sampling(1e6, seed=1))]
+    assert hot[2] != _compute(model, prompt + hot[:2]), "drawn, not the likeliest of 2048"
+    long_prompt = draw_ids(SWITCH + 900)[::-1]
+    assert next(model.generate(long_prompt, 1))[0] == _compute(model, long_prompt)
+    assert model.reused_tokens == 0
     model.close()
 
 

@@ -6,7 +6,7 @@ from typing import NoReturn
 import click
 
 from toolkit import __version__
-from toolkit.cli import building, devices, measuring, serving
+from toolkit.cli import building, devices, exporting, measuring, serving
 from toolkit.cli.options import OrderedGroup
 from toolkit.console import Console
 from toolkit.errors import PhishipError
@@ -47,6 +47,7 @@ for _command in (
     *(devices.rollback_command, devices.probe_command),
     *(devices.status_command, devices.history_command, devices.logs_command),
     *(devices.unlock_command, devices.uninstall_command, devices.trust_command),
+    *(exporting.bundle_command, exporting.adopt_command),
     *(building.parity_command, building.vendor_group),
 ):
     cli.add_command(_command)

@@ -28,6 +28,16 @@ rate_option = click.option(
     "--limit-rate", type=Size(), help="Send no more than this a second, such as 2MB."
 )
 
+RUNTIMES = ("phiship", "ollama", "llamaedge")
+runtime_option = click.option(
+    "--runtime", type=click.Choice(RUNTIMES), default="phiship", show_default=True,
+    help="What answers there: our runner, or the device's own Ollama or LlamaEdge (GGUF).",
+)  # fmt: skip
+ollama_option = click.option(
+    "--ollama-port", type=click.IntRange(1, 65535), default=11434, show_default=True,
+    help="Port of Ollama's API on the device.",
+)  # fmt: skip
+
 
 @click.command("ship")
 @click.argument("checkpoint")
@@ -69,6 +79,8 @@ def ship_command(
 @click.argument("device")
 @click.option("--accept-unchecked", is_flag=True, help="Push an artifact whose check was skipped.")
 @click.option("--dry-run", is_flag=True, help="Say what would be sent, and change nothing.")
+@runtime_option
+@ollama_option
 @prompt_option
 @expect_option
 @carrier_option
@@ -76,17 +88,21 @@ def ship_command(
 @devices_option
 @json_option
 def deploy_command(
-    artifact: Path, device: str, accept_unchecked: bool, dry_run: bool, prompt: str | None,
-    expect: str | None, carrier: Carrier, limit_rate: int | None, devices: Path | None,
-    as_json: bool,
+    artifact: Path, device: str, accept_unchecked: bool, dry_run: bool, runtime: str,
+    ollama_port: int, prompt: str | None, expect: str | None, carrier: Carrier,
+    limit_rate: int | None, devices: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Push an artifact over SSH, verify it there, ask it a question, switch to it when right.
 
-    A failure after the switch goes back to the release that was good (exit code 16).
+    A failure after the switch goes back to the release that was good (exit code 16). DEVICE may be
+    `adb` or `adb:SERIAL`: an Android phone's files, for an app.
     """
+    from toolkit.adb import names_phone, push_with_adb, read_serial
     from toolkit.build import raise_on_sigterm
     from toolkit.deploy import Push, deploy
     from toolkit.device import resolve_device
+    from toolkit.llamaedge import deploy_to_llamaedge
+    from toolkit.ollama import install_on_device
 
     raise_on_sigterm()
     console = Console(as_json=as_json)
@@ -96,28 +112,52 @@ def deploy_command(
         bytes_per_s=limit_rate, dry_run=dry_run,
     )  # fmt: skip
     with rendering(console, report):
-        deploy(artifact, resolve_device(device, devices), console, push, report=report)
+        if names_phone(device):
+            push_with_adb(artifact, console, push, serial=read_serial(device), report=report)
+            return
+        there = resolve_device(device, devices)
+        if runtime == "ollama":
+            install_on_device(artifact, there, console, push, report=report, port=ollama_port)
+        elif runtime == "llamaedge":
+            deploy_to_llamaedge(artifact, there, console, push, report)
+        else:
+            deploy(artifact, there, console, push, report=report)
 
 
 @click.command("rollback")
 @click.argument("device")
 @click.option("--to", help="Release to return to, as `phiship status` names it.")
+@runtime_option
+@ollama_option
+@click.option(
+    "--artifact", type=click.Path(path_type=Path, file_okay=False),
+    help="With --runtime ollama: the artifact whose model is meant.",
+)  # fmt: skip
 @prompt_option
 @expect_option
 @devices_option
 @json_option
 def rollback_command(
-    device: str, to: str | None, prompt: str | None, expect: str | None, devices: Path | None,
-    as_json: bool,
+    device: str, to: str | None, runtime: str, ollama_port: int, artifact: Path | None,
+    prompt: str | None, expect: str | None, devices: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Put the previous release into use again, after the same tests as a new one."""
     from toolkit.deploy import roll_back
     from toolkit.device import resolve_device
+    from toolkit.llamaedge import ask_there
+    from toolkit.ollama import roll_back_on_device
+    from toolkit.smoke import ask
 
     console, report = Console(as_json=as_json), Report(f"rollback {device}")
+    if (runtime == "ollama") != (artifact is not None):
+        raise click.UsageError("--runtime ollama and --artifact belong together")
     with rendering(console, report):
-        smoke = read_smoke(prompt, expect)
-        roll_back(resolve_device(device, devices), report, to=to, smoke=smoke)
+        smoke, there = read_smoke(prompt, expect), resolve_device(device, devices)
+        if artifact:
+            roll_back_on_device(artifact, there, report, smoke=smoke, port=ollama_port)
+        else:
+            asking = ask_there if runtime == "llamaedge" else ask
+            roll_back(there, report, to=to, smoke=smoke, ask=asking)
 
 
 @click.command("probe")

@@ -24,7 +24,13 @@ from toolkit.errors import (
     StrandedError,
     UnreachableError,
 )
-from toolkit.formats.gguf.ollama import MODELFILE, OllamaModel, describe_chat, read_modelfile
+from toolkit.formats.gguf.ollama import (
+    MODELFILE,
+    OllamaModel,
+    describe_chat,
+    has_own_turns,
+    read_modelfile,
+)
 from toolkit.ollama.client import Ollama
 from toolkit.report import Report
 from toolkit.smoke import Answer, check_answer, check_health, describe_limits, quote
@@ -171,6 +177,7 @@ def name_model(name: str) -> str:
 def read_model(artifact: Path, manifest: Manifest) -> OllamaModel:
     """Template, stops and context: of the artifact's Modelfile, or else of its manifest.
 
+    The manifest's also for a fine-tune with turns of its own, which no Modelfile knows.
     ArtifactError when the artifact is no GGUF.
     """
     if manifest.format != "gguf":
@@ -179,7 +186,7 @@ def read_model(artifact: Path, manifest: Manifest) -> OllamaModel:
             advice="build one with a recipe of the format gguf: phiship list",
         )
     path = artifact / MODELFILE
-    if not path.is_file():
+    if not path.is_file() or not has_own_turns(manifest.chat):
         return describe_chat(manifest.chat, manifest.context_length)
     return read_modelfile(path.read_text(encoding="utf-8"), str(path))
 

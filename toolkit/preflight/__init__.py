@@ -69,14 +69,16 @@ def check_facts(
     manifest: Manifest,
     *,
     installs: bool = False,
+    has_engine: bool = False,
     now_s: float | None = None,
 ) -> list[Finding]:
     """Return what was checked; PreflightError, with every refusal, when the artifact cannot run.
 
-    `installs`: a missing runtime is no obstacle, for this push brings it. `now_s` is this machine's
-    clock when the facts were read, by default now.
+    `installs`: a missing runtime is no obstacle, for this push brings it. `has_engine`: it runs in
+    a program that is not ours, of which nothing is known. `now_s` is this machine's clock when the
+    facts were read, by default now.
     """
-    findings = inspect(facts, manifest, installs=installs, now_s=now_s)
+    findings = inspect(facts, manifest, installs=installs, has_engine=has_engine, now_s=now_s)
     refused = [finding for finding in findings if finding.verdict == "refused"]
     if refused:
         is_about_artifact = any(finding.name in ARTIFACT_CHECKS for finding in refused)
@@ -85,23 +87,34 @@ def check_facts(
 
 
 def inspect(
-    facts: Facts, manifest: Manifest, *, installs: bool = False, now_s: float | None = None
+    facts: Facts,
+    manifest: Manifest,
+    *,
+    installs: bool = False,
+    has_engine: bool = False,
+    now_s: float | None = None,
 ) -> list[Finding]:
     """Check everything a facts call tells; nothing more when the machine itself is impossible."""
     machine = check_machine(facts)
     if machine.verdict == "refused":
         return [machine]
-    runtime = manifest.runtime
     return [
         machine,
-        check_python(facts, runtime.package),
-        check_engine(facts, manifest, installs=installs),
-        *check_processor(facts, runtime.package),
-        *check_accelerator(facts, runtime.provider),
+        *([] if has_engine else _inspect_engine(facts, manifest, installs=installs)),
         check_memory(facts, manifest),
         *check_storage(facts, manifest),
         *check_health(facts),
         *check_clock(facts, time.time() if now_s is None else now_s),
+    ]
+
+
+def _inspect_engine(facts: Facts, manifest: Manifest, *, installs: bool) -> list[Finding]:
+    runtime = manifest.runtime
+    return [
+        check_python(facts, runtime.package),
+        check_engine(facts, manifest, installs=installs),
+        *check_processor(facts, runtime.package),
+        *check_accelerator(facts, runtime.provider),
     ]
 
 

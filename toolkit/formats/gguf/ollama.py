@@ -53,6 +53,13 @@ def describe_chat(chat: Chat, context_length: int) -> OllamaModel:
     )
 
 
+def has_own_turns(chat: Chat) -> bool:
+    """Whether TURNS, which a built Modelfile has, are the turns of the checkpoint's template."""
+    own = {f"<|{role}|>": "<|end|>" for role in chat.turns}
+    found = {before.strip(): after.strip() for before, after in chat.turns.values()}
+    return found == own and chat.generation.strip() == "<|assistant|>"
+
+
 def write_modelfile(model: OllamaModel) -> str:
     """The Modelfile's text, for a GGUF file that lies beside it."""
     lines = [

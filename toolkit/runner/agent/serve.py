@@ -138,6 +138,7 @@ _CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     "survey": blobs.survey,
     "run": _run,
     "serve": server.start_server,
+    "start_script": server.start_script,
     "serving": lambda agent: {"running": agent.server is not None and agent.server.is_running},
     "service": lambda agent: service.read_service(agent.layout),
     "unlock": lambda agent, force: lock.unlock(agent.layout, force=force),

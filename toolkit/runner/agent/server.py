@@ -1,10 +1,16 @@
-"""A runner's server as a child: it listens, answers, and ends when its standard input does."""
+"""Servers as children: a runner's own, or a script of the release that starts another program."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ..failure import Failure
@@ -14,69 +20,117 @@ if TYPE_CHECKING:
     from .serve import Agent
 
 STOP_TIMEOUT_S = 20
+START_TIMEOUT_S = 900  # of a script: a board may read gigabytes from a card first
+POLL_S = 0.2
 TAIL_LINES = 40
+LOOPBACK = "127.0.0.1"
+# Runs the script $0; a shell beside it ends it with our standard input, also when we are killed.
+UNTIL_EOF = """
+exec 3<&0
+(cat <&3 >/dev/null; kill "$$") &
+exec /bin/sh "$0" </dev/null 3<&-
+"""
 
 
 class Server:
-    """A server under way; `told` is what it says of itself: `listening` is its address.
+    """A server under way, with its last words; it ends with `close`."""
 
-    Failure when it ends before it listens, with its own reason.
-    """
-
-    def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(
-            [*command, "--json", "--until-eof"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True,
+    def __init__(self, command: list[str], environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **(environment or {})}, start_new_session=True,
         )  # fmt: skip
+        self.told: dict[str, Any] = {}
         self._words: list[str] = []
         self._watched = contextlib.ExitStack()
-        self._watched.enter_context(child.watching(self._process))
-        child.drain(self._process.stderr, self._keep)
-        self.told = self._wait()
+        self._watched.enter_context(child.watching(self.process))
+        child.drain(self.process.stderr, self._keep)
 
     @property
     def is_running(self) -> bool:
         """False once it has ended, for whatever reason."""
-        return self._process.poll() is None
+        return self.process.poll() is None
 
     def close(self) -> str:
-        """Let it finish what it is answering, then end it; returns its last words."""
+        """End its input, and it when that is not enough; returns its last words."""
         with contextlib.suppress(OSError):
-            cast("IO[bytes]", self._process.stdin).close()
+            cast("IO[bytes]", self.process.stdin).close()
         try:
-            self._process.wait(STOP_TIMEOUT_S)
+            self.process.wait(STOP_TIMEOUT_S if self.told else 0)
         except subprocess.TimeoutExpired:
-            child.kill_group(self._process.pid)
-            self._process.wait()
+            child.kill_group(self.process.pid)
+            self.process.wait()
         self._watched.close()
         return "\n".join(self._words)
 
-    def _wait(self) -> dict[str, Any]:
-        for line in cast("IO[bytes]", self._process.stdout):
-            with contextlib.suppress(ValueError):
-                told: dict[str, Any] = json.loads(line)
-                if "error" in told:
-                    self.close()
-                    error = told["error"]
-                    raise Failure(error["kind"], error["message"], error["advice"])
-                if "listening" in told:
-                    child.drain(self._process.stdout, lambda _: None)
-                    return told
-        code = self._process.wait()
+    def explain_end(self) -> Failure:
+        """Say how it ended, and with which last words."""
+        code = self.process.wait()
         ended = child.name_signal(-code) if code < 0 else f"exit code {code}"
-        raise Failure("runner", f"the server ended: {ended}: {self.close()[-500:]}")
+        return Failure("runner", f"the server ended: {ended}: {self.close()[-500:]}")
 
     def _keep(self, line: bytes) -> None:
         self._words.append(line.decode("utf-8", "replace").rstrip())
         del self._words[:-TAIL_LINES]
 
 
+def open_server(command: list[str]) -> Server:
+    """Start a runner's `serve` and wait until it listens; `told` is what it says of itself.
+
+    It ends when its standard input does, whatever becomes of us. Failure when it ends before it
+    listens, with its own reason.
+    """
+    server = Server([*command, "--json", "--until-eof"])
+    for line in cast("IO[bytes]", server.process.stdout):
+        with contextlib.suppress(ValueError):
+            told: dict[str, Any] = json.loads(line)
+            if "error" in told:
+                server.close()
+                error = told["error"]
+                raise Failure(error["kind"], error["message"], error["advice"])
+            if "listening" in told:
+                server.told = told
+                child.drain(server.process.stdout, lambda _: None)
+                return server
+    raise server.explain_end()
+
+
 def start_server(agent: Agent, release: str, arguments: list[str]) -> dict[str, Any]:
     """Start a release's server, which lasts as long as this connection; returns what it told."""
     stop_server(agent)
     command = child.build_command(agent.find_artifact(release), ["serve", *arguments])
-    agent.server = Server(command)
+    agent.server = open_server(command)
     return agent.server.told
+
+
+def start_script(
+    agent: Agent, release: str, script: str, address_variable: str, ready_path: str,
+    environment: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """Run a release's script, which serves at the address in a variable; returns the port.
+
+    It counts as started when GET `ready_path` is answered. Failure when it ends before that.
+    """
+    stop_server(agent)
+    with socket.socket() as free:
+        free.bind((LOOPBACK, 0))
+        port = free.getsockname()[1]
+    path = agent.find_artifact(release) / script
+    places = {name: str(Path(value).expanduser()) for name, value in environment.items()}
+    address = {address_variable: f"{LOOPBACK}:{port}"}
+    command = ["/bin/sh", "-c", UNTIL_EOF, str(path)]
+    agent.server = server = Server(command, {**places, **address})
+    child.drain(server.process.stdout, lambda _: None)
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while not is_answered(f"http://{LOOPBACK}:{port}{ready_path}"):
+        if not server.is_running:
+            agent.server = None
+            raise server.explain_end()
+        if time.monotonic() > deadline_s:
+            stop_server(agent)
+            raise Failure("runner", f"{script} does not answer within {START_TIMEOUT_S} s")
+        time.sleep(POLL_S)
+    return {"port": port}
 
 
 def stop_server(agent: Agent) -> None:
@@ -84,3 +138,13 @@ def stop_server(agent: Agent) -> None:
     server, agent.server = agent.server, None
     if server is not None:
         child.log_words(agent.layout, "server", server.close())
+
+
+def is_answered(url: str) -> bool:
+    """Whether a GET on this machine gets status 200."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False

@@ -10,8 +10,6 @@ import contextlib
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from .durable import sync_folder, write_json
 from .layout import Layout
 from .managers import find_manager
 from .releases import read_link
+from .server import LOOPBACK, is_answered
 
 READY_TIMEOUT_S = 600  # a board may read gigabytes from a card first
 POLL_S = 0.5
@@ -116,14 +115,9 @@ def restart_service(layout: Layout) -> dict[str, Any]:
 
 def _is_ready(stored: dict[str, Any]) -> bool:
     """Whether the server says that it is well."""
-    host = "127.0.0.1" if stored["host"] in ("0.0.0.0", "::", "") else stored["host"]
-    url = f"http://[{host}]" if ":" in host else f"http://{host}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{url}:{stored['port']}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
+    host = LOOPBACK if stored["host"] in ("0.0.0.0", "::", "") else stored["host"]
+    host = f"[{host}]" if ":" in host else host
+    return is_answered(f"http://{host}:{stored['port']}/health")
 
 
 def _write_token(path: Path, token: str) -> None:
