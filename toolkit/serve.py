@@ -35,10 +35,10 @@ def run_here(text: str, arguments: Sequence[str]) -> NoReturn:
 
 def chat_with(
     text: str, *, system: str, max_tokens: int | None, temperature: float, seed: int | None,
-    devices_file: Path | None,
+    settings: Sequence[str], devices_file: Path | None,
 ) -> int:  # fmt: skip
     """Converse with the release in use on a device, whose server lasts as long."""
-    with open_place(text, devices_file) as place, place.serving() as endpoint:
+    with open_place(text, devices_file) as place, place.serving(settings) as endpoint:
 
         def ask(messages: list[Message], take_text: TakeText) -> None:
             asked = [{"role": role, "content": content} for role, content in messages]
@@ -53,7 +53,7 @@ def chat_with(
 
 def answer_once(
     text: str, prompt: str, options: Sequence[str], console: Console, devices_file: Path | None
-) -> None:  # fmt: skip
+) -> None:
     """Ask an artifact or a device one question, and print the answer."""
     with open_place(text, devices_file) as place:
         answer = place.run(["generate", "--json", *options], prompt)

@@ -11,6 +11,9 @@ from toolkit.cli.options import (
     json_option,
     prompt_option,
     read_smoke,
+    seed_option,
+    settings_options,
+    temperature_option,
 )
 from toolkit.console import Console
 
@@ -28,18 +31,6 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
             self.fail(f"{value!r} are no whole numbers from 1 with commas", param, ctx)
         return tuple(sorted({int(word) for word in words}))
-
-
-def settings_options(command: Any) -> Any:
-    """Settings for this run alone, instead of those that are kept."""
-    for name, text in (
-        ("--batch-tokens", "Tokens of a prompt that go through the network at once."),
-        ("--kv-bits", "Bits of a value in the KV cache."),
-        ("--threads", "Threads of the engine."),
-        ("--context-tokens", "Prompt and answer together."),
-    ):
-        command = click.option(name, type=click.IntRange(1), help=text)(command)
-    return command
 
 
 @click.command("bench")
@@ -176,11 +167,8 @@ def tune_command(
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of each answer."
 )
-@click.option(
-    "--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True,
-    help="0 takes the likeliest token.",
-)  # fmt: skip
-@click.option("--seed", type=int, help="Of the random choices, for servers that know one.")
+@temperature_option
+@seed_option
 @click.option(
     "--timeout", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True,
     help="Seconds for each answer.",

@@ -61,6 +61,24 @@ prompt_option = click.option(
 )
 expect_option = click.option("--expect", help="Text that the answer must contain.")
 
+temperature_option = click.option(
+    "--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True,
+    help="0 takes the likeliest token, always.",
+)  # fmt: skip
+seed_option = click.option("--seed", type=int, help="Makes random choices repeatable.")
+
+
+def settings_options(command: Any) -> Any:
+    """Settings for this run alone, instead of those that `tune` has kept."""
+    for words, text in (
+        (("--batch-tokens",), "Tokens of a prompt that go through the network at once."),
+        (("--kv-bits",), "Bits of a value in the KV cache."),
+        (("--threads",), "Threads of the engine."),
+        (("--context", "context_tokens"), "Tokens of prompt and answer together."),
+    ):
+        command = click.option(*words, type=click.IntRange(1), help=text)(command)
+    return command
+
 
 def read_smoke(prompt: str | None, expect: str | None) -> Smoke | None:
     """The question to ask instead of the recipe's; a usage error without its answer."""

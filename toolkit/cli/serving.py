@@ -5,23 +5,20 @@ from pathlib import Path
 
 import click
 
-from toolkit.cli.options import devices_option, json_option
+from toolkit.cli.options import (
+    devices_option,
+    json_option,
+    seed_option,
+    settings_options,
+    temperature_option,
+)
 from toolkit.console import Console
 
-temperature_option = click.option(
-    "--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True,
-    help="0 takes the likeliest token, always.",
-)  # fmt: skip
-seed_option = click.option("--seed", type=int, help="Makes answers repeatable.")
 system_option = click.option("--system", default="", help="What the model is told first.")
 port_option = click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True,
     help="Port of this machine's loopback; 0 takes a free one.",
 )  # fmt: skip
-context_option = click.option(
-    "--context", type=click.IntRange(min=16), help="Tokens of prompt and answer together."
-)
-threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the engine.")
 
 
 @click.command("run")
@@ -35,14 +32,13 @@ threads_option = click.option("--threads", type=click.IntRange(1), help="Threads
 @temperature_option
 @seed_option
 @port_option
-@context_option
-@threads_option
+@settings_options
 @devices_option
 @json_option
 def run_command(
     place: str, prompt: str | None, serve: bool, max_tokens: int | None, system: str,
-    temperature: float, seed: int | None, port: int, context: int | None, threads: int | None,
-    devices: Path | None, as_json: bool,
+    temperature: float, seed: int | None, port: int, devices: Path | None, as_json: bool,
+    **given: int | None,
 ) -> None:  # fmt: skip
     """Converse with an artifact here, with the runner that devices get; or with a device.
 
@@ -53,9 +49,10 @@ def run_command(
 
     is_here = (Path(place) / MANIFEST).is_file()
     answering = _name_options(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    settings = _name_options(context_tokens=context, threads=threads)
+    settings = _name_options(**given)
     if prompt is not None:
-        answer_once(place, prompt, answering, Console(as_json=as_json), devices)
+        words = ["--system", system, *answering, *settings]
+        answer_once(place, prompt, words, Console(as_json=as_json), devices)
     elif serve:
         if not is_here:
             raise click.UsageError("--serve is for artifacts; for a device: phiship serve DEVICE")
@@ -65,7 +62,7 @@ def run_command(
     else:
         code = chat_with(
             place, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed,
-            devices_file=devices,
+            settings=settings, devices_file=devices,
         )  # fmt: skip
         sys.exit(code)
 
@@ -73,8 +70,7 @@ def run_command(
 @click.command("serve")
 @click.argument("device")
 @port_option
-@context_option
-@threads_option
+@settings_options
 @click.option(
     "--install", is_flag=True,
     help="Have the device serve by itself, now and after every boot (systemd --user, launchd).",
@@ -91,8 +87,8 @@ def run_command(
 @devices_option
 @json_option
 def serve_command(
-    device: str, port: int, context: int | None, threads: int | None, install: bool, remove: bool,
-    host: str, token_env: str | None, devices: Path | None, as_json: bool,
+    device: str, port: int, install: bool, remove: bool, host: str, token_env: str | None,
+    devices: Path | None, as_json: bool, **given: int | None,
 ) -> None:  # fmt: skip
     """Let a device's release answer OpenAI's API, on a port of this machine, until Ctrl-C."""
     from toolkit.device import resolve_device
@@ -108,8 +104,7 @@ def serve_command(
     elif remove:
         remove_service(resolved, console)
     else:
-        settings = _name_options(context_tokens=context, threads=threads)
-        serve_device(resolved, port, settings, console)
+        serve_device(resolved, port, _name_options(**given), console)
 
 
 def _name_options(**values: float | None) -> list[str]:

@@ -68,10 +68,10 @@ def _add_agent(command: argparse.ArgumentParser) -> None:
 def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt", help="without it, the prompt is read from standard input")
     _add_answering(command)
+    _add_settings(command)
 
 
 def _add_chat(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--system", default="", help="what the model is told before everything")
     _add_answering(command)
     _add_settings(command)
 
@@ -97,6 +97,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
 
 
 def _add_answering(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--system", default="", help="what the model is told before everything")
     command.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
     )
@@ -142,7 +143,10 @@ def _run_generate(options: argparse.Namespace) -> int:
     if prompt is None:
         prompt = sys.stdin.buffer.read().decode("utf-8")
     take_text = _ignore if options.json else _stream
-    answer = generate(options.artifact, prompt, options.max_tokens, take_text, _sampling(options))
+    answer = generate(
+        options.artifact, prompt, options.max_tokens, take_text, _sampling(options),
+        options.system, **_given(options),
+    )  # fmt: skip
     if options.json:
         print(json.dumps(answer))
     else:

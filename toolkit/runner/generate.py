@@ -22,12 +22,19 @@ def generate(
     max_tokens: int | None,
     take_text: TakeText,
     sampling: Sampling = GREEDY,
+    system: str = "",
+    **given: int | None,
 ) -> dict[str, Any]:
-    """Answer `prompt`; `take_text` gets each piece. Returns the object of --json."""
+    """Answer `prompt`; `take_text` gets each piece. Returns the object of --json.
+
+    The context is as large as this answer may need, unless `given` says otherwise.
+    """
     manifest = read_manifest(artifact)
-    text = render_chat(manifest.chat, [("user", prompt)])
+    before = [("system", system)] if system else []
+    text = render_chat(manifest.chat, [*before, ("user", prompt)])
     context_tokens = bound_context(text, max_tokens or ANSWER_TOKENS, manifest.valid_context)
-    settings = read_settings(artifact, context_tokens, context_tokens=context_tokens)
+    given["context_tokens"] = given.get("context_tokens") or context_tokens
+    settings = read_settings(artifact, context_tokens, **given)
     with loading(artifact, settings) as loaded:
         prompt_ids = encode_text(loaded, text)
         new_tokens = find_room(loaded, len(prompt_ids), max_tokens)
