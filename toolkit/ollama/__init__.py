@@ -79,8 +79,11 @@ def install(
     *,
     limits: Health | None = None,
     report: Report | None = None,
+    address: str = "",
 ) -> Report:
     """Put a GGUF artifact into use in the Ollama at `base_url`; `device` is a name for errors.
+
+    `address` is what errors call the base URL, when that is a tunnel's.
 
     Raises ArtifactError, UnreachableError, PreflightError, RunnerError, SmokeError: what was in use
     still is, and nothing half-installed is left; or RolledBackError, StrandedError.
@@ -91,7 +94,8 @@ def install(
         release = prepare_release(artifact, push)
         model = read_model(artifact, release.manifest)
         step.measured = format_bytes(release.manifest.size_bytes)
-    target = _connect(base_url, device, name_model(release.manifest.name), release.manifest, report)
+    ollama = Ollama(device, base_url, address or base_url)
+    target = _connect(ollama, release.manifest, report)
     if push.dry_run:
         with report.step("compare") as step:
             there = target.ollama.has_blob(_weights_sha256(release))
@@ -119,8 +123,9 @@ def install_on_device(
     with running(device) as started, tunneling(started, port) as local_port:
         base_url = f"http://{LOOPBACK}:{local_port}"
         return install(
-            artifact, base_url, started.name, console, push, limits=device.health, report=report
-        )
+            artifact, base_url, started.name, console, push, limits=device.health, report=report,
+            address=f"{LOOPBACK}:{port} there",
+        )  # fmt: skip
 
 
 def roll_back_on_device(
@@ -135,7 +140,10 @@ def roll_back_on_device(
     manifest = read_manifest(artifact)
     with running(device) as started, tunneling(started, port) as local_port:
         base_url = f"http://{LOOPBACK}:{local_port}"
-        roll_back(base_url, started.name, manifest, report, smoke=smoke, limits=device.health)
+        roll_back(
+            base_url, started.name, manifest, report, smoke=smoke, limits=device.health,
+            address=f"{LOOPBACK}:{port} there",
+        )  # fmt: skip
 
 
 def roll_back(
@@ -146,6 +154,7 @@ def roll_back(
     *,
     smoke: Smoke | None = None,
     limits: Health | None = None,
+    address: str = "",
 ) -> None:
     """Put NAME:previous into use again, after the same tests; `manifest` gives NAME and question.
 
@@ -157,7 +166,7 @@ def roll_back(
             f"{manifest.name}: its manifest has no smoke test",
             advice="give a question and a part of its answer: --prompt TEXT --expect TEXT",
         )
-    target = _connect(base_url, device, name_model(manifest.name), manifest, report)
+    target = _connect(Ollama(device, base_url, address or base_url), manifest, report)
     _recover(target, report)
     if target.tag(PREVIOUS) not in target.ollama.list_tags():
         raise PreflightError(
@@ -191,12 +200,11 @@ def read_model(artifact: Path, manifest: Manifest) -> OllamaModel:
     return read_modelfile(path.read_text(encoding="utf-8"), str(path))
 
 
-def _connect(base_url: str, device: str, name: str, manifest: Manifest, report: Report) -> Target:
+def _connect(ollama: Ollama, manifest: Manifest, report: Report) -> Target:
     with report.step("connect") as step:
-        ollama = Ollama(device, base_url)
         version = ollama.read_version()
-        step.measured = f"Ollama {version} at {base_url}"
-    return Target(ollama, version, name, manifest.chat.stop_texts)
+        step.measured = f"Ollama {version} at {ollama.address}"
+    return Target(ollama, version, name_model(manifest.name), manifest.chat.stop_texts)
 
 
 def _weights_sha256(release: Release) -> str:

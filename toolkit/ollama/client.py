@@ -30,17 +30,21 @@ FULL_DISK = re.compile(r"no space left|not enough space|disk quota exceeded", re
 
 @dataclass(frozen=True)
 class Ollama:
-    """The Ollama of a device, reached at `base_url` (http://127.0.0.1:PORT through a tunnel)."""
+    """The Ollama of a device, reached at `base_url` (http://127.0.0.1:PORT through a tunnel).
+
+    `address` is where it is in people's eyes.
+    """
 
     device: str
     base_url: str
+    address: str
 
     def read_version(self) -> str:
         """Its version; PreflightError when it is too old, UnreachableError when nobody answers."""
         found = self._ask("GET", VERSION_PATH, "say its version").get("version")
         if not isinstance(found, str):
             raise UnreachableError(
-                f"{self.device}: what answers at {self.base_url} is not Ollama",
+                f"{self.device}: what answers at {self.address} is not Ollama",
                 advice="give the address of Ollama's API; its own port is 11434",
             )
         version = read_version(found.removeprefix("v"))
@@ -184,13 +188,13 @@ class Ollama:
         # A tunnel takes every connection, and hangs up when nothing listens at its other end.
         if isinstance(error, ConnectionError) and path == VERSION_PATH:
             return UnreachableError(
-                f"{self.device}: Ollama is not running: nothing answers at {self.base_url}",
+                f"{self.device}: Ollama is not running: nothing answers at {self.address}",
                 advice="start it on the device: ollama serve, or systemctl start ollama",
             )
         if isinstance(error, TimeoutError):
             reason = "it took too long to answer"
         return UnreachableError(
-            f"{self.device}: the connection to Ollama at {self.base_url} broke: {reason}",
+            f"{self.device}: the connection to Ollama at {self.address} broke: {reason}",
             advice="run the command again; nothing half-installed is in use",
         )
 
@@ -223,7 +227,7 @@ class Ollama:
         except ValueError:
             pass
         raise UnreachableError(
-            f"{self.device}: what answers at {self.base_url} is not Ollama, or its answer is cut "
+            f"{self.device}: what answers at {self.address} is not Ollama, or its answer is cut "
             f"short: {quote(content[:80].decode('utf-8', 'replace'))}",
             advice="give the address of Ollama's API; its own port is 11434",
         )

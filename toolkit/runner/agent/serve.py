@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO, cast
 
 from .. import engines
@@ -106,8 +107,19 @@ def _facts(agent: Agent, engine: str = "", python: str = sys.executable) -> dict
     if engine:
         module = engines.find_engine(engine)
         imported = child.import_engine(module.MODULE, python)
+        if not imported["importable"]:
+            imported.update(_find_program(module))
         found["engine"] = {"package": module.PACKAGE, **imported}
     return found
+
+
+def _find_program(module: ModuleType) -> dict[str, Any]:
+    """Return what a program of the device makes of an engine whose package cannot be imported."""
+    if hasattr(module, "describe_program"):
+        with contextlib.suppress(ImportError):
+            version = module.describe_program()
+            return {"importable": True, "version": version, "signal": None, "error": ""}
+    return {}
 
 
 def _run(

@@ -155,6 +155,11 @@ def import_runtime() -> None:
     _find_runtime()
 
 
+def describe_program() -> str:
+    """Return the name and build of the llama-server in place of the wheel; ImportError without."""
+    return f"{_llama_server.PROGRAM} b{find_program().build}"
+
+
 def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Model:
     """Load a GGUF file for `context_tokens`; Failure when the provider is not active."""
     check_offered("llama.cpp", settings, OFFERED)
