@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from toolkit import catalog
 from toolkit.build import Options, build
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
+from toolkit.device import Device
 from toolkit.report import Report
+from toolkit.ssh.embedded import EmbeddedDevice
 
 # Whoever runs the tests in the background has interrupts ignored, and the processes under test
 # would inherit that.
@@ -58,3 +61,23 @@ def real_tokenizer() -> Path:
     if not folder:
         pytest.skip("PHISHIP_TEST_DATA names no folder with Phi-3's tokenizer files")
     return Path(folder)
+
+
+@pytest.fixture
+def start_embedded(tmp_path: Path) -> Iterator[Callable[..., EmbeddedDevice]]:
+    """Make embedded devices that are stopped at the end of the test."""
+    made: list[EmbeddedDevice] = []
+
+    def make(**options: object) -> EmbeddedDevice:
+        made.append(EmbeddedDevice(tmp_path / "embedded", **options))
+        return made[-1]
+
+    yield make
+    for device in made:
+        device.stop()
+
+
+@pytest.fixture
+def board(start_embedded: Callable[..., EmbeddedDevice]) -> Device:
+    """An embedded device, for what does not depend on the SSH server."""
+    return start_embedded().start()

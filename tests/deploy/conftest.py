@@ -1,6 +1,6 @@
 """Devices to push to: the embedded one and a real OpenSSH server."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,6 @@ import pytest
 from tests.deploy.sshd import OpenSSH, start_sshd
 from toolkit.console import Console
 from toolkit.device import Device
-from toolkit.ssh.embedded import EmbeddedDevice
 
 
 @pytest.fixture(autouse=True)
@@ -31,26 +30,6 @@ def openssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenSSH]:
     server = start_sshd(tmp_path_factory.mktemp("sshd"))
     yield server
     server.stop()
-
-
-@pytest.fixture
-def start_embedded(tmp_path: Path) -> Iterator[Callable[..., EmbeddedDevice]]:
-    """Make embedded devices that are stopped at the end of the test."""
-    made: list[EmbeddedDevice] = []
-
-    def make(**options: object) -> EmbeddedDevice:
-        made.append(EmbeddedDevice(tmp_path / "embedded", **options))
-        return made[-1]
-
-    yield make
-    for device in made:
-        device.stop()
-
-
-@pytest.fixture
-def board(start_embedded: Callable[..., EmbeddedDevice]) -> Device:
-    """An embedded device, for what does not depend on the SSH server."""
-    return start_embedded().start()
 
 
 @pytest.fixture(params=["embedded", "openssh"])

@@ -1,7 +1,9 @@
 """Sealed folders of random bytes: all that transfer and staging need."""
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from toolkit.artifact import (
     SCHEMA,
@@ -29,10 +31,13 @@ def seal_noise(
     checked: bool = True,
     smoke: Smoke | None = QUESTION,
     memory_bytes: int = 1_000_000,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write an artifact whose weights are noise; it can be pushed and not run."""
+    """Write an artifact whose weights are noise, and `more` files; it can be pushed and not run."""
     noise = random.Random(seed)
     (folder / "parts").mkdir(parents=True)
+    for name, text in more.items():
+        (folder / name).write_text(text)
     (folder / "model.onnx").write_bytes(noise.randbytes(1000))
     with (folder / "parts" / "model.data").open("wb") as stream:
         for start in range(0, size_bytes, 1 << 24):

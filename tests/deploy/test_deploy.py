@@ -160,8 +160,9 @@ def test_runner_that_crashes(
         f"        os.kill(os.getpid(), signal.{signal})\n"
     )
     device = start_embedded(environment=put_stub_engine(tmp_path / "stub", crash)).start()
+    config = {"genai_config.json": '{"model": {"type": "phi3", "context_length": 512}}'}
     with pytest.raises(RunnerError, match=f"killed by {signal}") as caught:
-        deploy(seal_noise(tmp_path / "noise"), device, console)
+        deploy(seal_noise(tmp_path / "noise", more=config), device, console)
     assert "its last words: 'loading /" in str(caught.value)
     status = read_status(device)
     assert (status.current, status.releases) == (None, ())

@@ -1,14 +1,12 @@
 """Servers that keep recorded contracts, and artifacts to give them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.exports.ollama_server import OllamaServer
 from toolkit.console import Console
-from toolkit.device import Device
-from toolkit.ssh.embedded import EmbeddedDevice
 
 
 @pytest.fixture
@@ -25,25 +23,9 @@ def ollama(tmp_path: Path) -> Iterator[OllamaServer]:
     assert server.state.violations == []
 
 
-@pytest.fixture
-def start_embedded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., EmbeddedDevice]]:
-    """Make embedded devices that are stopped at the end; the user's own settings do not count."""
+@pytest.fixture(autouse=True)
+def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the tests away from the user's own settings, known hosts and agent."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     for name in ("SSH_AUTH_SOCK", "PHISHIP_DEVICES", "PHISHIP_EMBEDDED_ROOT"):
         monkeypatch.delenv(name, raising=False)
-    made: list[EmbeddedDevice] = []
-
-    def make(**options: object) -> EmbeddedDevice:
-        made.append(EmbeddedDevice(tmp_path / "embedded", **options))
-        return made[-1]
-
-    yield make
-    for device in made:
-        device.stop()
-
-
-@pytest.fixture
-def board(start_embedded: Callable[..., EmbeddedDevice]) -> Device:
-    return start_embedded().start()

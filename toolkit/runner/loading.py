@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +37,13 @@ def loading(artifact: Path, settings: Settings) -> Iterator[Loaded]:
     engine = import_engine(manifest)
     check_memory(manifest)
     started_s = time.monotonic()
-    model = engine.load(artifact, manifest.main_file, manifest.provider, settings)
+    try:
+        model = engine.load(artifact, manifest.main_file, manifest.provider, settings)
+    except Failure as failure:
+        raise explain_age(failure, engine.PACKAGE, manifest.version) from None
+    except (AttributeError, ImportError, TypeError) as error:  # an interface of another version
+        reason = Failure("model", f"{artifact}: {engine.PACKAGE} cannot load it: {error}")
+        raise explain_age(reason, engine.PACKAGE, manifest.version) from error
     load_seconds = time.monotonic() - started_s
     version = f"{engine.PACKAGE} {model.version}"
     try:
@@ -70,6 +78,25 @@ def import_engine(manifest: Manifest) -> Any:
         raise Failure(
             "runtime",
             f"{manifest.name} runs in {engine.PACKAGE}, which cannot be imported: {error}",
-            f"install it: python -m pip install {engine.PACKAGE}",
+            f"install it: python -m pip install {engine.PACKAGE}=={manifest.version}",
         ) from None
     return engine
+
+
+def explain_age(failure: Failure, package: str, wanted: str) -> Failure:
+    """Return why a model cannot be loaded; when the engine is too old, that it is."""
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return failure
+    if failure.kind != "model" or _read_version(found) >= _read_version(wanted):
+        return failure
+    return Failure(
+        "runtime",
+        f"{failure}; {package} {found} is here, and the artifact was checked with {wanted}",
+        f"update it: python -m pip install {package}=={wanted}",
+    )
+
+
+def _read_version(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)[:3]]

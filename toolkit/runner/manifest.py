@@ -21,11 +21,15 @@ class Chat:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact asks of its runner; `valid_context` is inclusive, in tokens."""
+    """What an artifact asks of its runner; `valid_context` is inclusive, in tokens.
+
+    `version` is the one of the engine's package that the artifact was checked with.
+    """
 
     name: str
     engine: str
     provider: str
+    version: str
     main_file: str
     context_length: int
     valid_context: tuple[int, int]
@@ -44,6 +48,7 @@ def read_manifest(folder: Path) -> Manifest:
             name=data["name"],
             engine=runtime["engine"],
             provider=runtime["provider"],
+            version=str(runtime["version"]),
             main_file=runtime["main_file"],
             context_length=int(data["context_length"]),
             valid_context=(int(lowest), int(highest)),
