@@ -10,9 +10,9 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from toolkit.artifact import Manifest
 from toolkit.console import Console, format_bytes
@@ -151,6 +151,8 @@ def push_with_adb(
         missing = [blob for name, blob in blobs.items() if name not in {*grown, *there}]
         size_bytes = sum(blob.size_bytes for blob in missing)
         step.measured = f"{len(missing)} of {len(blobs)} files to send, {format_bytes(size_bytes)}"
+    if not push.dry_run:
+        _remove_leftovers(phone, folders.growing, blobs if len(there) < len(blobs) else ())
     with report.step("preflight") as step:
         step.measured = _preflight(phone, release.manifest, size_bytes)
     if not push.dry_run and len(there) < len(blobs):
@@ -258,6 +260,21 @@ def _read_columns(output: str, separator: str) -> dict[str, str]:
     """What stands in front of each name."""
     parts = (line.partition(separator) for line in output.splitlines())
     return {name: value for value, _, name in parts if name}
+
+
+def _remove_leftovers(phone: Phone, folder: str, names: Collection[str]) -> None:
+    """Remove what another version's push has left in a folder there; without names all of it."""
+    quoted = shlex.quote(folder)
+    if not names:
+        phone.shell(f"rm -rf {quoted}")
+        return
+    parents = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    stale = []
+    for kind, known in (("-type d", parents), ("! -type d", set(names))):
+        found = phone.shell(f"cd {quoted} 2>/dev/null && find . {kind}; true").splitlines()
+        stale += [name for name in map(posixpath.normpath, found) if name not in known]
+    if stale:
+        phone.shell(f"cd {quoted} && rm -rf -- {' '.join(map(shlex.quote, stale))}")
 
 
 def _preflight(phone: Phone, manifest: Manifest, send_bytes: int) -> str:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import IO
 from toolkit import fileio
 from toolkit.adopt import inspect
 from toolkit.adopt.found import Given
-from toolkit.artifact import MANIFEST, Manifest, hash_file, list_files, read_manifest, verify_files
+from toolkit.artifact import MANIFEST, Manifest, hash_file, read_manifest, verify_files
 from toolkit.console import Console, format_bytes
 from toolkit.errors import ArtifactError, UnsupportedError
 from toolkit.howto import write_howto
@@ -66,7 +66,7 @@ def bundle(
     if final.exists():
         raise ArtifactError(f"{final} exists", advice="remove it, or choose another --out")
     with _growing(final, manifest.size_bytes) as temporary, report.step("write") as step:
-        texts = write_texts(artifact, manifest, chosen)
+        texts = {**write_texts(artifact, manifest, chosen), SUMS: write_sums(artifact, manifest)}
         with console.progress("bundle", manifest.size_bytes) as bar:
             if as_zip:
                 _write_zip(temporary, final.stem, artifact, manifest, texts, bar)
@@ -130,6 +130,13 @@ def write_texts(artifact: Path, manifest: Manifest, platform: str) -> dict[str, 
     return {MEMORY: memory, HOWTO: write_howto(manifest, platform)}
 
 
+def write_sums(artifact: Path, manifest: Manifest) -> str:
+    """Lines for `sha256sum -c` in the bundle's folder: the manifest's, which no copy can change."""
+    sums = {file.path: file.sha256 for file in manifest.files}
+    sums[MANIFEST] = hash_file(artifact / MANIFEST)
+    return "".join(f"{sums[path]}  {MODEL}/{path}\n" for path in sorted(sums))
+
+
 def _require_checked(artifact: Path, manifest: Manifest, accept_unchecked: bool) -> None:
     if not manifest.quality.checked and not accept_unchecked:
         raise ArtifactError(
@@ -174,9 +181,6 @@ def _write_folder(
             _copy(source, stream, advance)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    sums = [(file.sha256, file.path) for file in list_files(folder / MODEL)]
-    sums.append((hash_file(folder / MODEL / MANIFEST), MANIFEST))
-    (folder / SUMS).write_text(_write_sums(sums), encoding="utf-8", newline="\n")
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             fileio.sync(path)
@@ -187,9 +191,6 @@ def _write_zip(
     advance: Advance,
 ) -> None:  # fmt: skip
     """Entries in order of name, without times; weights do not shrink, so all are stored."""
-    sums = [(file.sha256, file.path) for file in manifest.files]
-    sums.append((hash_file(artifact / MANIFEST), MANIFEST))
-    texts = {**texts, SUMS: _write_sums(sums)}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name in sorted(texts):
             archive.writestr(_entry(f"{root}/{name}"), texts[name].encode())
@@ -210,12 +211,6 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 def _list_names(manifest: Manifest) -> list[str]:
     return sorted([*(file.path for file in manifest.files), MANIFEST])
-
-
-def _write_sums(sums: Iterable[tuple[str, str]]) -> str:
-    """Lines for `sha256sum -c` in the bundle's folder."""
-    lines = [f"{sha256}  {MODEL}/{path}\n" for sha256, path in sums]
-    return "".join(sorted(lines, key=lambda line: line[66:]))
 
 
 def _copy(source: IO[bytes], stream: IO[bytes], advance: Advance) -> None:

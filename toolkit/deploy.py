@@ -95,7 +95,10 @@ def deploy(
             _transfer(session, missing, push, console, report)
             _stage(session, release, runtime, report)
             need_bytes = release.manifest.device_memory_bytes
-            trial = Trial(release.id, release.smoke, need_bytes, is_new=True, ask=push.ask)
+            trial = Trial(
+                release.id, release.smoke, need_bytes, is_new=True, has_engine=push.has_engine,
+                ask=push.ask,
+            )  # fmt: skip
             put_into_use(session, trial, report)
             _prune(session, report)
     return report

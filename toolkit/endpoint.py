@@ -111,14 +111,17 @@ def stream_chat(
     counts: tuple[int | None, int | None] = (None, None)
     with _Asked(endpoint, request, timeout_s) as asked:
         for data in asked.read_events():
-            counts = _read_usage(data) if data.get("usage") else counts
-            for choice in data.get("choices") or []:
+            try:
+                counts = _read_usage(data) if data.get("usage") else counts
+                choice = (data.get("choices") or [{}])[0]
                 reason = choice.get("finish_reason") or reason
-                piece = (choice.get("delta") or {}).get("content") or ""
-                if piece:
-                    first_s = first_s or time.monotonic() - asked.started_s
-                    pieces.append(piece)
-                    take_text(piece)
+                piece = str((choice.get("delta") or {}).get("content") or "")
+            except (AttributeError, TypeError, KeyError):
+                raise _explain_nonsense(endpoint, json.dumps(data)) from None
+            if piece:
+                first_s = first_s or time.monotonic() - asked.started_s
+                pieces.append(piece)
+                take_text(piece)
         seconds = time.monotonic() - asked.started_s
     return Reply("".join(pieces), reason, *counts, seconds, first_s)
 

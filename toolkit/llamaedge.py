@@ -8,8 +8,9 @@ from toolkit.console import Console
 from toolkit.deploy import Push, deploy
 from toolkit.device import Device
 from toolkit.endpoint import Endpoint, chat
-from toolkit.errors import ArtifactError, SmokeError
-from toolkit.formats.gguf.llamaedge import SCRIPT
+from toolkit.errors import ArtifactError, RunnerError, SmokeError, UnreachableError
+from toolkit.formats.gguf.llamaedge import PROMPT_TEMPLATE, SCRIPT
+from toolkit.formats.gguf.ollama import has_phi3_turns
 from toolkit.remote import read_remote_manifest
 from toolkit.report import Report
 from toolkit.smoke import ANSWER_TIMEOUT_S, Answer, quote
@@ -32,13 +33,18 @@ def deploy_to_llamaedge(
 
 
 def check_start(manifest: Manifest) -> None:
-    """Raise ArtifactError unless the artifact has LlamaEdge's start script."""
-    if any(file.path == SCRIPT for file in manifest.files):
-        return
-    raise ArtifactError(
-        f"{manifest.name}: no {SCRIPT} in it; LlamaEdge runs GGUF artifacts of phiship's own",
-        advice="build one with a recipe of the format gguf: phiship list",
-    )
+    """Raise ArtifactError unless the artifact has LlamaEdge's start script, and Phi-3's turns."""
+    if not any(file.path == SCRIPT for file in manifest.files):
+        raise ArtifactError(
+            f"{manifest.name}: no {SCRIPT} in it; LlamaEdge runs GGUF artifacts of phiship's own",
+            advice="build one with a recipe of the format gguf: phiship list",
+        )
+    if not has_phi3_turns(manifest.chat):
+        raise ArtifactError(
+            f"{manifest.name}: its chat has turns of its own; LlamaEdge's {PROMPT_TEMPLATE} writes "
+            "Phi-3's",
+            advice="use --runtime ollama, or phiship's own",
+        )
 
 
 def ask_there(session: Session, release: str, smoke: Smoke) -> Answer:
@@ -48,8 +54,15 @@ def ask_there(session: Session, release: str, smoke: Smoke) -> Answer:
         "start_script", release=release, script=SCRIPT, address_variable=ADDRESS_VARIABLE,
         ready_path="/v1/models", environment={SERVER_VARIABLE: device.llamaedge_server},
     )  # fmt: skip
-    with tunneling(device, told["port"]) as port:
-        return ask_server(f"http://{LOOPBACK}:{port}/v1", device.name, manifest, smoke)
+    try:
+        with tunneling(device, told["port"]) as port:
+            return ask_server(f"http://{LOOPBACK}:{port}/v1", device.name, manifest, smoke)
+    except UnreachableError as error:
+        session.call("serving")  # raises when not LlamaEdge but the device is lost
+        raise RunnerError(
+            f"{device.name}: LlamaEdge ended while it was asked: {error}",
+            advice=f"see why: phiship logs {device.name}",
+        ) from error
 
 
 def ask_server(base_url: str, device: str, manifest: Manifest, smoke: Smoke) -> Answer:

@@ -11,7 +11,7 @@ from toolkit.artifact import MANIFEST, Manifest, read_manifest
 from toolkit.device import Device, resolve_device
 from toolkit.endpoint import Endpoint
 from toolkit.errors import ArtifactError, RunnerError
-from toolkit.remote import read_remote_manifest
+from toolkit.remote import read_remote_manifest, read_service
 from toolkit.runner.agent import child
 from toolkit.runner.agent.server import open_server
 from toolkit.runner.failure import Failure
@@ -106,10 +106,15 @@ class RemotePlace:
 
     @contextmanager
     def serving(self, arguments: Sequence[str] = (), *, local_port: int = 0) -> Iterator[Endpoint]:
-        """As Place."""
-        command = ["--port", "0", *arguments]
-        told = self._session.call("serve", release=CURRENT, arguments=command)
-        with tunneling(self._session.device, told["port"], local_port) as port:
+        """As Place; the device's own service when that does, for memory may hold one model only."""
+        service = read_service(self._session)
+        if service.active and not arguments and not service.has_token:
+            host, remote_port = service.address, service.port
+        else:
+            command = ["--port", "0", *arguments]
+            told = self._session.call("serve", release=CURRENT, arguments=command)
+            host, remote_port = LOOPBACK, told["port"]
+        with tunneling(self._session.device, remote_port, local_port, host) as port:
             yield Endpoint(f"http://{LOOPBACK}:{port}/v1", self.manifest.name)
 
 

@@ -38,13 +38,17 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Service(msgspec.Struct, frozen=True, kw_only=True):
-    """The service on a device that serves its release: systemd's or launchd's of its user."""
+    """The service on a device that serves its release: systemd's or launchd's of its user.
+
+    It listens on `host`, and is reached from the device itself at `address`.
+    """
 
     installed: bool
     active: bool
     name: str = ""
     port: int = 0
     host: str = "127.0.0.1"
+    address: str = "127.0.0.1"
     has_token: bool = False
     memory_bytes: int = 0
 

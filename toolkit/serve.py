@@ -1,6 +1,7 @@
 """Serving a model: here, or on a device with a tunnel to it; as a service when asked for."""
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from toolkit.place import LocalPlace, RemotePlace, build_command, open_place
 from toolkit.remote import Service, read_service
 from toolkit.runner.chatting import Message, TakeText, clean, converse
 from toolkit.runner.failure import Failure
+from toolkit.runner.serving.options import is_loopback
 from toolkit.ssh.embedded import running
 from toolkit.ssh.session import Session, open_session
 from toolkit.ssh.tunnel import LOOPBACK, tunneling
@@ -73,23 +75,23 @@ def serve_device(device: Device, port: int, arguments: Sequence[str], console: C
     Its service when that is active, else a server that ends with this command. Raises what
     `open_session` raises; RunnerError when nothing serves there; SettingsError for a taken port.
     """
+    _check_port(port)
     with ExitStack() as opened:
         started = opened.enter_context(running(device))
         session = opened.enter_context(open_session(started))
         place, service = RemotePlace(session), read_service(session)
-        with console.waiting(f"starting {place.manifest.name} on {place.name}"):
-            try:
-                if service.active:
-                    local = opened.enter_context(tunneling(started, service.port, port))
-                    endpoint = Endpoint(f"http://{LOOPBACK}:{local}/v1", place.manifest.name)
-                else:
-                    serving = place.serving(arguments, local_port=port)
-                    endpoint = opened.enter_context(serving)
-            except OSError as error:
-                raise SettingsError(
-                    f"port {port} of this machine: {error.strerror}",
-                    advice="choose another with --port, or 0 for a free one",
-                ) from None
+        if service.active and arguments:
+            raise SettingsError(
+                f"{device.name}: its service is active, and was installed with other settings",
+                advice="leave them out here, or give them to: phiship serve DEVICE --install",
+            )
+        if service.active:
+            tunnel = tunneling(started, service.port, port, service.address)
+            local = opened.enter_context(tunnel)
+            endpoint = Endpoint(f"http://{LOOPBACK}:{local}/v1", place.manifest.name)
+        else:
+            with console.waiting(f"starting {place.manifest.name} on {place.name}"):
+                endpoint = opened.enter_context(place.serving(arguments, local_port=port))
         _tell(endpoint, service, console)
         with suppress(KeyboardInterrupt):
             while _is_there(session, service):
@@ -100,15 +102,33 @@ def serve_device(device: Device, port: int, arguments: Sequence[str], console: C
             )
 
 
+def _check_port(port: int) -> None:
+    """Raise SettingsError for a port that is taken, before a device loads gigabytes for it."""
+    try:
+        with socket.socket() as free:
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            free.bind((LOOPBACK, port))
+    except OSError as error:
+        raise SettingsError(
+            f"port {port} of this machine: {error.strerror}",
+            advice="choose another with --port, or 0 for a free one",
+        ) from None
+
+
 def install_service(
-    device: Device, port: int, host: str, token_variable: str | None, console: Console
+    device: Device,
+    port: int,
+    host: str,
+    token_variable: str | None,
+    settings: Sequence[str],
+    console: Console,
 ) -> None:
     """Have a device serve its release from now on, and after every boot.
 
     Raises SettingsError for a token that is not there, RunnerError without a release to serve.
     """
     token = _read_token(token_variable)
-    if token is None and host not in ("127.0.0.1", "localhost", "::1"):
+    if token is None and not is_loopback(host):
         raise SettingsError(
             f"host {host} can be reached by other machines, and there is no token",
             advice="put one into an environment variable and name it with --token-env",
@@ -117,7 +137,9 @@ def install_service(
         session.lock()
         place = RemotePlace(session)
         with console.waiting(f"starting {place.manifest.name} on {place.name}"):
-            answer = session.call("install_service", port=port, host=host, token=token)
+            answer = session.call(
+                "install_service", port=port, host=host, token=token, settings=list(settings)
+            )
         service = msgspec.convert(answer, Service)
         linger = session.call("facts").get("linger")
     console.event("service", **msgspec.to_builtins(service))

@@ -11,6 +11,7 @@ from toolkit.artifact import Smoke
 from toolkit.console import format_bytes
 from toolkit.errors import (
     PhishipError,
+    PreflightError,
     RolledBackError,
     RunnerError,
     SmokeError,
@@ -29,13 +30,15 @@ Ask = Callable[[Session, str, Smoke], Answer]
 class Trial:
     """A release to put into use, and the question it has to answer.
 
-    `need_bytes` is the memory it takes; one that `is_new` is removed when it fails.
+    `need_bytes` is the memory it takes; one that `is_new` is removed when it fails. A device's
+    service serves what our own runner can, so `has_engine` and a service exclude each other.
     """
 
     release: str
     smoke: Smoke
     need_bytes: int
     is_new: bool
+    has_engine: bool = False
     ask: Ask = ask
 
 
@@ -45,7 +48,7 @@ def put_into_use(session: Session, trial: Trial, report: Report) -> None:
     Raises RunnerError, SmokeError: the release in use is then the one that was; or RolledBackError,
     StrandedError.
     """
-    with _keeping_service(session, trial.need_bytes, report) as service:
+    with _keeping_service(session, trial, report) as service:
         _try_release(session, trial, report, service)
 
 
@@ -71,7 +74,7 @@ def _try_release(session: Session, trial: Trial, report: Report, service: Servic
             step.measured = f"{answered.describe()}{', throttled' if throttled else ''}"
             check_answer(device.name, answered, smoke)
             check_health(device.name, answered, staged, device.health, throttled)
-        if service.active:
+        if service.installed:
             _restart(session, report)
     except (RunnerError, SmokeError) as error:
         if not answer["changed"]:
@@ -82,25 +85,33 @@ def _try_release(session: Session, trial: Trial, report: Report, service: Servic
 
 
 @contextmanager
-def _keeping_service(session: Session, need_bytes: int, report: Report) -> Iterator[Service]:
+def _keeping_service(session: Session, trial: Trial, report: Report) -> Iterator[Service]:
     """Pause the device's service when memory holds one model only; in the end it serves again.
 
     Whatever happens, it serves the release that is in use then.
     """
     service = read_service(session)
+    if service.installed and trial.has_engine:
+        raise PreflightError(
+            f"{session.device.name}: its service runs our runner, which this release does without",
+            advice=f"remove the service: phiship serve {session.device.name} --remove",
+        )
     free_bytes = read_facts(session).usable_memory_bytes
     is_paused = (
-        service.active and free_bytes is not None and free_bytes - service.memory_bytes < need_bytes
+        service.active
+        and free_bytes is not None
+        and free_bytes - service.memory_bytes < trial.need_bytes
     )
     if is_paused:
-        with report.step("pause service", limit=f"{format_bytes(need_bytes)} of memory") as step:
-            session.call("stop_service")
+        limit = f"{format_bytes(trial.need_bytes)} of memory"
+        with report.step("pause service", limit=limit) as step:
+            session.call("pause_service")
             step.measured = f"{service.name} held {format_bytes(service.memory_bytes)}"
     try:
         yield service
     except PhishipError as error:
         is_stale = isinstance(error, RolledBackError)
-        if service.active and (is_paused or is_stale):
+        if service.installed and (is_paused or is_stale):
             with suppress(PhishipError):  # the first error is the one to tell
                 _restart(session, report)
         raise

@@ -169,7 +169,7 @@ def test_dry_run_changes_nothing(
 ) -> None:
     report = deploy(artifacts["gguf"], board, console, Push(dry_run=True))
     steps = {step.name: step.measured for step in report.steps}
-    assert steps["compare"].startswith("3 of 3 files to send")
+    assert steps["compare"].startswith("4 of 4 files to send")
     assert "transfer" not in steps
     status = read_status(board)
     assert (status.blobs, status.releases) == (1, ())  # the runner alone

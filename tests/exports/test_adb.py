@@ -108,6 +108,40 @@ def test_a_push_that_was_cut_off_goes_on(phone: Phone, tmp_path: Path, console: 
 
 
 @needs_adb
+def test_leftovers_of_another_version_are_removed(
+    phone: Phone, tmp_path: Path, console: Console
+) -> None:
+    folder = seal_noise(tmp_path / "noise")
+    growing = phone.tmp / "phiship" / ".noise-0.partial"
+    (growing / "weights 1" / "part").mkdir(parents=True)
+    (growing / "weights 1" / "part" / "old.bin").write_bytes(b"old")
+    (growing / "-old.bin").write_bytes(b"old")
+    (growing / "manifest.json").mkdir()
+    run(folder, console, push=Push(dry_run=True))
+    assert len(list(growing.iterdir())) == 3
+    run(folder, console)
+    there = lie_there(phone)
+    names = sorted(path.name for path in folder.iterdir())
+    assert sorted(path.name for path in there.iterdir()) == names
+    verify_files(there, read_manifest(there).files)
+
+
+@needs_adb
+def test_what_a_cut_off_push_left_goes_when_nothing_is_missing(
+    phone: Phone, tmp_path: Path, console: Console
+) -> None:
+    folder = seal_noise(tmp_path / "noise")
+    run(folder, console)
+    growing = phone.tmp / "phiship" / ".noise-0.partial"
+    growing.mkdir()
+    (growing / "old.bin").write_bytes(b"old")
+    phone.received.clear()
+    run(folder, console)
+    assert phone.received == []
+    assert [path.name for path in growing.parent.iterdir()] == ["noise-0"]
+
+
+@needs_adb
 def test_a_dry_run_changes_nothing(phone: Phone, tmp_path: Path, console: Console) -> None:
     run(seal_noise(tmp_path / "noise"), console, push=Push(dry_run=True))
     assert list(phone.tmp.iterdir()) == []

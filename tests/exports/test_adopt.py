@@ -26,6 +26,7 @@ from toolkit.errors import (
     GateError,
     PhishipError,
 )
+from toolkit.formats.gguf.ollama import has_phi3_turns
 from toolkit.formats.gguf.session import GgufSession
 from toolkit.quality.chat import render
 from toolkit.remote import generate
@@ -203,6 +204,7 @@ def test_the_template_of_the_first_published_files(
     chat = read_manifest(take(source, tmp_path / "out")).chat
     assert chat.bos_id == 1
     assert set(chat.turns) == {"user", "assistant"}
+    assert has_phi3_turns(chat)
     asked = render(chat, (("user", "a"), ("assistant", "b"), ("user", "c")))
     assert asked == (
         "<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n<|user|>\nc<|end|>\n<|assistant|>\n"
@@ -238,3 +240,31 @@ def test_a_runtime_that_misses_the_end_of_the_turn_is_noted(
     manifest = read_manifest(take(source, tmp_path / "out"))
     assert 1991 in manifest.chat.stop_ids
     assert any("does not end at <|end|>" in note for note in manifest.notes)
+
+
+def test_stops_that_are_no_added_tokens(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    source = strip(artifacts["mlx"], tmp_path / "source")
+    put("generation_config.json", "eos_token_id", value=[5, 1984])(source)
+    manifest = read_manifest(take(source, tmp_path / "out"))
+    assert {5, 1984, 1991} <= set(manifest.chat.stop_ids)
+    assert any("does not end at <|end|>;" in note for note in manifest.notes)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "mlx", "openvino"])
+def test_the_tokenizer_given_is_the_one_taken(
+    kind: str, artifacts: dict[str, Path], example: Path, tmp_path: Path
+) -> None:
+    source = strip(artifacts[kind], tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_text("{}")
+    folder = take(source, tmp_path / "out", tokenizer=example)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert hash_file(folder / name) == hash_file(example / name)
+
+
+def test_the_tokenizer_that_genie_names_stays(example: Path, tmp_path: Path) -> None:
+    source = write_genie(example, tmp_path / "genie_bundle")
+    content = (source / "tokenizer.json").read_bytes() + b"\n"
+    (source / "tokenizer.json").write_bytes(content)
+    folder = take(source, tmp_path / "out", tokenizer=example)
+    assert (folder / "tokenizer.json").read_bytes() == content

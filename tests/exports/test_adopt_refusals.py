@@ -45,6 +45,8 @@ BAD: list[tuple[str, Change, str]] = [
     ("openvino", cut("openvino_model.bin"), r"openvino_model\.bin: found \d+ bytes; .*reads \d+"),
     ("openvino", cut("openvino_model.xml"), r"openvino_model\.xml: not a network of OpenVINO"),
     ("openvino", drop(CONFIG), r"config\.json: is missing; it names the architecture"),
+    ("openvino", drop("generation_config.json"),
+     r"generation_config\.json: is missing; it names the stop ids"),
     ("gguf", cut("model.gguf"), r"model\.gguf: not a GGUF file, or cut short"),
     ("gguf", lambda folder: (folder / "model.gguf").write_bytes(b"GGUF"), "not a GGUF file"),
     ("gguf", lambda folder: shutil.copyfile(folder / "model.gguf", folder / "b.gguf"),

@@ -1,8 +1,11 @@
 """Bundles for apps: what is in them, what is refused, and that their bytes repeat."""
 
 import json
+import shutil
 import subprocess
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -19,6 +22,7 @@ from toolkit.cli.exporting import adopt_command, bundle_command
 from toolkit.console import Console, format_bytes
 from toolkit.errors import ArtifactError, UnsupportedError
 from toolkit.preflight import rebuild_plan
+from toolkit.progress import Bar
 from toolkit.report import Report
 
 
@@ -140,6 +144,40 @@ def test_damaged_and_unchecked_artifacts(artifacts: dict[str, Path], tmp_path: P
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"tokenizer\.json: found 2 bytes, other content"):
         make(folder, tmp_path / "other", accept_unchecked=True)
+
+
+class Meddler(Console):
+    """Changes a file between its verification and its copy."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(as_json=True)
+        self._path = path
+
+    @contextmanager
+    def progress(self, label: str, total_bytes: int) -> Iterator[Bar]:
+        if label == "bundle":
+            self._path.write_bytes(b"x" * self._path.stat().st_size)
+        with super().progress(label, total_bytes) as bar:
+            yield bar
+
+
+def test_the_sums_are_the_manifests_not_those_of_the_copy(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    for as_zip in (False, True):
+        artifact = tmp_path / f"artifact-{as_zip}"
+        shutil.copytree(artifacts["onnx"], artifact)
+        meddler = Meddler(artifact / "tokenizer.json")
+        made = bundle(artifact, tmp_path / "out", meddler, Report("bundle"), as_zip=as_zip)
+        if as_zip:
+            shutil.unpack_archive(made, tmp_path / "unpacked")
+            made = tmp_path / "unpacked" / made.stem
+        done = subprocess.run(
+            ["sha256sum", "-c", "SHA256SUMS"], cwd=made, capture_output=True, text=True
+        )
+        assert [line for line in done.stdout.splitlines() if not line.endswith(": OK")] == [
+            "model/tokenizer.json: FAILED"
+        ]
 
 
 def test_a_genie_bundle_is_for_android(example: Path, tmp_path: Path) -> None:

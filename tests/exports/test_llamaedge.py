@@ -158,6 +158,15 @@ def test_what_has_no_script(artifacts: dict[str, Path], tmp_path: Path) -> None:
         check_start(read_manifest(seal_noise(tmp_path / "noise")))
 
 
+def test_other_turns_than_those_of_llamaedge(artifacts: dict[str, Path]) -> None:
+    manifest = read_manifest(artifacts["gguf"])
+    turns = {**manifest.chat.turns, "user": ("<|human|>", "<|end|>")}
+    chat = msgspec.structs.replace(manifest.chat, turns=turns)
+    with pytest.raises(ArtifactError, match="turns of its own") as caught:
+        check_start(msgspec.structs.replace(manifest, chat=chat))
+    assert "--runtime ollama" in caught.value.advice
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("missing", ["wasmedge", "server"])
 def test_what_is_missing_is_said(shell: str, missing: str, programs: Path, tmp_path: Path) -> None:

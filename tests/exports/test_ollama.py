@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -187,6 +189,44 @@ def test_a_first_installation_goes_back_to_nothing(
     with pytest.raises(RolledBackError, match="back on nothing, as before"):
         run(folder, ollama, console, limits=limits)
     assert ollama.state.tags == {}
+
+
+@pytest.mark.parametrize("had_before", [True, False])
+def test_a_disk_that_is_full_after_the_switch(
+    had_before: bool, folder: Path, changed: Path, ollama: OllamaServer, console: Console
+) -> None:
+    if had_before:
+        run(folder, ollama, console)
+    tags, faults = dict(ollama.state.tags), ollama.state.faults
+
+    def fill(tag: str, text: str) -> str:
+        if tag.endswith(":latest"):
+            faults.chat_error = "write cache: no space left on device"
+        return text
+
+    faults.spoil = fill
+    with pytest.raises(RolledBackError, match=r"is full: .*; tiny-.*:latest on pi is back on"):
+        run(changed, ollama, console)
+    assert ollama.state.tags == tags
+
+
+@pytest.mark.parametrize("had_before", [True, False])
+def test_ctrl_c_after_the_switch(
+    had_before: bool, folder: Path, changed: Path, ollama: OllamaServer, console: Console
+) -> None:
+    if had_before:
+        run(folder, ollama, console)
+    tags = dict(ollama.state.tags)
+
+    def interrupt(tag: str, text: str) -> str:
+        if tag.endswith(":latest"):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return text
+
+    ollama.state.faults.spoil = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(changed, ollama, console)
+    assert ollama.state.tags == tags
 
 
 def test_the_way_back_may_fail_too(

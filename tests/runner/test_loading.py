@@ -77,3 +77,38 @@ def test_model_larger_than_the_memory(artifacts: dict[str, Path], tmp_path: Path
     (folder / "manifest.json").write_text(json.dumps({**manifest, "device_memory_bytes": 10**15}))
     error = ask(folder)["error"]
     assert (error["kind"], "are available" in error["message"]) == ("memory", True)
+
+
+def test_context_beyond_what_was_checked(artifacts: dict[str, Path]) -> None:
+    """llama.cpp would choose LongRoPE's other factors for it, and say nothing."""
+    command = [sys.executable, "-m", "toolkit.runner", "generate", "--prompt", "Hello", "--json"]
+    more = ["--artifact", str(artifacts["gguf"]), "--context-tokens", "4096"]
+    done = subprocess.run([*command, *more], capture_output=True, check=False)
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == "settings"
+    assert "context_tokens is 4096; tiny-phi3-gguf-q4_0 allows up to 512" in error["message"]
+
+
+@pytest.mark.parametrize("option", ["--max-tokens", "--context-tokens", "--threads"])
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_numbers_that_are_none(artifacts: dict[str, Path], option: str, value: str) -> None:
+    command = [sys.executable, "-m", "toolkit.runner", "generate", "--prompt", "Hello"]
+    more = ["--artifact", str(artifacts["gguf"]), f"{option}={value}"]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{value!r} is no whole number from 1" in done.stderr
+
+
+def test_a_prompt_is_never_cut_off_silently(artifacts: dict[str, Path]) -> None:
+    """onnxruntime-genai's tokenizer ends at NUL; the others read on."""
+    command = [sys.executable, "-m", "toolkit.runner", "generate", "--json", "--max-tokens", "4"]
+    for kind in ("onnx", "gguf"):
+        done = subprocess.run(
+            [*command, "--artifact", str(artifacts[kind])], capture_output=True, check=False,
+            input=b"What is\0 the capital of France?",
+        )  # fmt: skip
+        answer = json.loads(done.stdout)
+        if kind == "onnx":
+            assert "cannot read a text with the character NUL" in answer["error"]["message"]
+        else:
+            assert answer["prompt_tokens"] > 10

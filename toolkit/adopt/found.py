@@ -124,8 +124,8 @@ def read_ids(config: Config, key: str, vocab: int) -> tuple[int, ...]:
 
 
 def list_tokenizer(given: Given, *, needs: Sequence[str] = ("tokenizer.json",)) -> dict[str, Path]:
-    """The tokenizer's files: of the folder, then those it lacks from --tokenizer."""
-    folders = [folder for folder in (given.tokenizer, given.path) if folder]
+    """The tokenizer's files: those of --tokenizer, which are checked, before the folder's."""
+    folders = [folder for folder in (given.path, given.tokenizer) if folder]
     files = {
         name: folder / name
         for folder in folders
@@ -177,7 +177,7 @@ def add_stops(
             f"the chat template ends a turn with {ending!r}: answers would never stop",
             advice="the tokenizer is not the model's, or its config names the wrong eos_token_id",
         )
-    missing = [texts[ids.index(one)] for one in ids if one in tokens and one not in stop_ids]
+    missing = [tokens[one].content for one in ids if one in tokens and one not in stop_ids]
     notes = (
         f"the artifact's own config does not end at {', '.join(missing)}; phiship's runner does",
     )

@@ -31,9 +31,8 @@ def inspect(given: Given) -> Found:
         _check_network(folder / f"{stem}.xml")
     config = read_config_file(require_file(folder / "config.json", "it names the architecture"))
     decoder = read_decoder(config)
-    configs = {name: folder / name for name in CONFIGS if (folder / name).is_file()}
-    where = "generation_config.json" if "generation_config.json" in configs else "config.json"
-    stops = read_ids(read_config_file(folder / where), "eos_token_id", decoder.vocab)
+    generation = require_file(folder / "generation_config.json", "it names the stop ids")
+    stops = read_ids(read_config_file(generation), "eos_token_id", decoder.vocab)
     chat, notes = find_chat(given, stops, decoder.vocab)
     context = given.choose_context(decoder.context, str(folder / "config.json"))
     return Found(
@@ -42,7 +41,7 @@ def inspect(given: Given) -> Found:
         provider=given.choose_provider(("cpu", "gpu", "npu")),
         package="openvino-genai",
         main_file=MAIN,
-        files={**files, **configs, **list_tokenizer(given)},
+        files={**files, **{name: folder / name for name in CONFIGS}, **list_tokenizer(given)},
         chat=chat,
         context_length=context,
         valid_context=(1, context),

@@ -82,9 +82,9 @@ def bench_command(
     else:
         with open_place(place, devices) as opened:
             result = bench(opened, Work(prompt_tokens, new_tokens, repeat, settings), console)
+    show_results([*before, result], console)
     if out:
         write_result(result, out)
-    show_results([*before, result], console)
     if picture:
         plot([*before, result], picture)
         console.note(f"drawn: {picture}")

@@ -98,9 +98,11 @@ def serve_command(
         raise click.UsageError("--install and --remove exclude each other")
     if not install and (token_env or host != "127.0.0.1"):
         raise click.UsageError("--host and --token-env belong to --install")
+    if install and port == 0:
+        raise click.UsageError("--install needs a port that stays the same, not 0")
     console, resolved = Console(as_json=as_json), resolve_device(device, devices)
     if install:
-        install_service(resolved, port, host, token_env, console)
+        install_service(resolved, port, host, token_env, _name_options(**given), console)
     elif remove:
         remove_service(resolved, console)
     else:

@@ -93,7 +93,10 @@ def make_sides(texts: Sequence[str], key_variables: Sequence[str]) -> list[Side]
 def parse_endpoint(text: str) -> Endpoint:
     """Read URL#MODEL; SettingsError when it is none. The key is not part of it."""
     address, _, model = text.partition("#")
-    parts = urllib.parse.urlsplit(address)
+    try:
+        parts = urllib.parse.urlsplit(address)
+    except ValueError:  # half a bracket of an IPv6 address
+        parts = urllib.parse.SplitResult("", "", "", "", "")
     if parts.scheme not in ("http", "https") or not parts.hostname or not model:
         raise SettingsError(
             f"{text!r} is no endpoint",

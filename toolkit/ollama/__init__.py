@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from toolkit.artifact import MANIFEST, Manifest, Smoke, read_manifest
 from toolkit.console import Console, format_bytes
@@ -19,16 +20,14 @@ from toolkit.errors import (
     PhishipError,
     PreflightError,
     RolledBackError,
-    RunnerError,
     SmokeError,
     StrandedError,
-    UnreachableError,
 )
 from toolkit.formats.gguf.ollama import (
     MODELFILE,
     OllamaModel,
     describe_chat,
-    has_own_turns,
+    has_phi3_turns,
     read_modelfile,
 )
 from toolkit.ollama.client import Ollama
@@ -195,7 +194,7 @@ def read_model(artifact: Path, manifest: Manifest) -> OllamaModel:
             advice="build one with a recipe of the format gguf: phiship list",
         )
     path = artifact / MODELFILE
-    if not path.is_file() or not has_own_turns(manifest.chat):
+    if not path.is_file() or not has_phi3_turns(manifest.chat):
         return describe_chat(manifest.chat, manifest.context_length)
     return read_modelfile(path.read_text(encoding="utf-8"), str(path))
 
@@ -273,26 +272,34 @@ def _smoke_test(target: Target, tag: str, smoke: Smoke, report: Report) -> Answe
 def _put_into_use(
     target: Target, tag: str, staged: Answer, smoke: Smoke, limits: Health, report: Report
 ) -> None:
-    """Copy NAME:tag to NAME:latest, ask again, keep the one before; or return to it."""
+    """Copy NAME:tag to NAME:latest, ask again, keep the one before.
+
+    Whatever ends that, Ctrl-C too, gives NAME:latest back to what had it.
+    """
     ollama = target.ollama
     before, new = (ollama.list_tags().get(target.tag(name)) for name in (LATEST, tag))
     is_change = before != new
-    with report.step("switch") as step:
-        step.measured = f"to {target.tag(tag)}" if is_change else "was in use already"
-        if is_change and before:
-            ollama.copy(target.tag(LATEST), target.tag(GOOD))
-        if is_change:
-            ollama.copy(target.tag(tag), target.tag(LATEST))
+    is_switched = False
     try:
+        with report.step("switch") as step:
+            step.measured = f"to {target.tag(tag)}" if is_change else "was in use already"
+            if is_change and before:
+                ollama.copy(target.tag(LATEST), target.tag(GOOD))
+            if is_change:
+                ollama.copy(target.tag(tag), target.tag(LATEST))
+        is_switched = is_change
         with report.step("health", limit=describe_limits(smoke, limits)) as step:
             answer = target.ask(LATEST, smoke)
             step.measured = answer.describe()
             _check_same(ollama.device, answer, staged)
             check_health(ollama.device, answer, staged, limits, ())
-    except (RunnerError, SmokeError, UnreachableError) as error:
-        if not is_change:
-            raise
-        _return(target, bool(before), error, report)
+    except BaseException as error:
+        if is_switched and isinstance(error, PhishipError):
+            _return(target, bool(before), error, report)
+        if is_change:
+            with suppress(PhishipError):  # what has failed already is the error to tell
+                _give_back(target, bool(before))
+        raise
     if is_change and before:
         with report.step("confirm") as step:
             ollama.copy(target.tag(GOOD), target.tag(PREVIOUS))
@@ -308,15 +315,12 @@ def _check_same(device: str, answer: Answer, staged: Answer) -> None:
         )
 
 
-def _return(target: Target, had_before: bool, reason: PhishipError, report: Report) -> None:
+def _return(target: Target, had_before: bool, reason: PhishipError, report: Report) -> NoReturn:
     """Give NAME:latest back to what had it, and raise what tells so."""
     device = target.ollama.device
     try:
         with report.step("return") as step:
-            if had_before:
-                _return_to_good(target)
-            else:
-                target.ollama.delete(target.tag(LATEST))
+            _give_back(target, had_before)
             step.measured = "to the one before" if had_before else "to nothing"
     except PhishipError as error:
         raise StrandedError(
@@ -327,6 +331,14 @@ def _return(target: Target, had_before: bool, reason: PhishipError, report: Repo
     raise RolledBackError(
         f"{reason}; {target.tag(LATEST)} on {device} is back on {back}", advice=reason.advice
     ) from reason
+
+
+def _give_back(target: Target, had_before: bool) -> None:
+    """NAME:latest to the good one, or to nothing when nothing had it."""
+    if had_before:
+        _return_to_good(target)
+    else:
+        target.ollama.delete(target.tag(LATEST))
 
 
 def _return_to_good(target: Target) -> None:

@@ -77,7 +77,7 @@ def check_length(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> None:
 def find_room(loaded: Loaded, prompt_tokens: int, asked_tokens: int | None) -> int:
     """Return how many tokens an answer may have; Failure when what is asked does not fit."""
     left = count_context(loaded) - prompt_tokens
-    new_tokens = asked_tokens or max(1, min(ANSWER_TOKENS, left))
+    new_tokens = max(1, min(ANSWER_TOKENS, left)) if asked_tokens is None else asked_tokens
     check_length(loaded, prompt_tokens, new_tokens)
     return new_tokens
 

@@ -18,6 +18,7 @@ from .agent.probes.health import read_temperature, read_throttling
 from .agent.probes.identity import read_board
 from .agent.probes.memory import read_meminfo
 from .agent.probes.reading import list_paths, read_number, read_text, run_command
+from .answer import count_context
 from .failure import Failure
 from .loading import Loaded, loading
 from .manifest import read_manifest
@@ -97,7 +98,7 @@ def bench(
 
 def choose_lengths(loaded: Loaded, work: Work) -> tuple[list[int], list[dict[str, Any]]]:
     """Return the lengths that fit into the context, shortest first, and why others do not."""
-    highest = min(loaded.settings.context_tokens, loaded.manifest.valid_context[1])
+    highest = count_context(loaded)
     asked = sorted(set(work.prompt_tokens))
     lengths = [length for length in asked if length + work.new_tokens <= highest]
     reason = f"with {work.new_tokens} new tokens it is longer than the context of {highest}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import unicodedata
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ TakeText = Callable[[str], None]
 # Answers a conversation, in pieces; an exception that the receiver raises ends the work.
 Ask = Callable[[list[Message], TakeText], None]
 
+# LRM, RLM, ALM; embeddings, overrides and isolates (Unicode Standard Annex 9).
+TURNING = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 HELP = "/new begins a new conversation, /exit or Ctrl-D ends; Ctrl-C ends an answer."
 
 
@@ -96,8 +99,14 @@ def _take_turn(ask: Ask, messages: list[Message]) -> None:
 
 
 def clean(text: str) -> str:
-    """Return a model's words without what could steer a terminal."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable() or ord(c) > 0xFFFF)
+    """Return a model's words without what could steer a terminal or turn its text around."""
+    return "".join(c for c in text if c in "\n\t" or not _steers(c))
+
+
+def _steers(character: str) -> bool:
+    # Control characters, halves of pairs, line separators; marks of another direction.
+    kinds = ("Cc", "Cs", "Zl", "Zp")
+    return unicodedata.category(character) in kinds or character in TURNING
 
 
 def _read_line(prompt: str) -> str | None:

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from .agent.child import build_command
+from .agent.child import SERVICE_LOG, build_command, trim_log
 from .agent.layout import open_layout
 from .agent.releases import start_trial
 from .agent.serve import serve as serve_agent
@@ -103,15 +103,21 @@ def _add_answering(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument(
-        "--max-tokens", type=int, help="of one answer; else as many as there is room for"
+        "--max-tokens", type=_count, help="of one answer; else as many as there is room for"
     )
     command.add_argument("--seed", type=int)
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--context-tokens", type=int, help="prompt and answer together")
+    command.add_argument("--context-tokens", type=_count, help="prompt and answer together")
     for name, about in SETTINGS.items():
-        command.add_argument("--" + name.replace("_", "-"), type=int, help=about)
+        command.add_argument("--" + name.replace("_", "-"), type=_count, help=about)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def _add_nothing(command: argparse.ArgumentParser) -> None:
@@ -131,6 +137,7 @@ def _run_agent(options: argparse.Namespace) -> int:
     if options.agent == "serve":
         return serve_agent(options.root)
     layout = open_layout(options.root)
+    trim_log(layout, SERVICE_LOG)
     print(json.dumps(start_trial(layout)), flush=True)
     if options.agent == "start":
         command = build_command(layout.current.resolve(), ["serve", *options.server])

@@ -32,8 +32,10 @@ def generate(
     manifest = read_manifest(artifact)
     before = [("system", system)] if system else []
     text = render_chat(manifest.chat, [*before, ("user", prompt)])
-    context_tokens = bound_context(text, max_tokens or ANSWER_TOKENS, manifest.valid_context)
-    given["context_tokens"] = given.get("context_tokens") or context_tokens
+    new_tokens = ANSWER_TOKENS if max_tokens is None else max_tokens
+    context_tokens = bound_context(text, new_tokens, manifest.valid_context)
+    if given.get("context_tokens") is None:
+        given["context_tokens"] = context_tokens
     settings = read_settings(artifact, context_tokens, **given)
     with loading(artifact, settings) as loaded:
         prompt_ids = encode_text(loaded, text)

@@ -35,6 +35,7 @@ def loading(artifact: Path, settings: Settings) -> Iterator[Loaded]:
     """Load an artifact for the length of the block; Failure when it cannot run here."""
     manifest = read_manifest(artifact)
     engine = import_engine(manifest)
+    check_context(manifest, settings)
     check_memory(manifest)
     started_s = time.monotonic()
     try:
@@ -50,6 +51,20 @@ def loading(artifact: Path, settings: Settings) -> Iterator[Loaded]:
         yield Loaded(artifact, manifest, settings, model, version, load_seconds)
     finally:
         model.close()
+
+
+def check_context(manifest: Manifest, settings: Settings) -> None:
+    """Raise Failure for a context beyond what the artifact was made and checked for.
+
+    llama.cpp, for one, would choose LongRoPE's other factors for it, for every text.
+    """
+    highest = max(manifest.context_length, manifest.valid_context[1])
+    if settings.context_tokens > highest:
+        raise Failure(
+            "settings",
+            f"context_tokens is {settings.context_tokens}; {manifest.name} allows up to {highest}",
+            "build it with a longer --context",
+        )
 
 
 def check_memory(manifest: Manifest) -> None:

@@ -18,16 +18,25 @@ def read_peak_memory_bytes() -> int:
     because an engine may be a program of its own.
     """
     if Path("/proc/self/status").exists():
-        return sum(_read_peak(folder) for folder in _list_family(Path("/proc/self")))
+        return sum(_read_size(folder, "VmHWM") for folder in _list_family(Path("/proc/self")))
     import resource  # absent on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _read_peak(folder: Path) -> int:
-    """Return a process's peak; 0 when it has ended."""
-    found = re.search(r"^VmHWM:\s+([0-9]+) kB$", read_text(folder / "status") or "", re.MULTILINE)
+def read_own_memory_bytes(pid: int) -> int:
+    """Return what a process and those it has started hold, without files that they map.
+
+    The system counts these among what is available. 0 where it does not tell.
+    """
+    return sum(_read_size(folder, "RssAnon") for folder in _list_family(Path("/proc", str(pid))))
+
+
+def _read_size(folder: Path, name: str) -> int:
+    """Return a size in a process's status, in bytes; 0 when it has ended."""
+    text = read_text(folder / "status") or ""
+    found = re.search(rf"^{name}:\s+([0-9]+) kB$", text, re.MULTILINE)
     return int(found.group(1)) * 1024 if found else 0
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from .agent.durable import sync_folder, write_json
-from .answer import Answer, Question, check_length, encode_chat, encode_text, stream_answer
+from .answer import (
+    Answer,
+    Question,
+    check_length,
+    count_context,
+    encode_chat,
+    encode_text,
+    stream_answer,
+)
 from .engines import find_engine
 from .failure import Failure
 from .loading import Loaded
@@ -67,7 +75,7 @@ def store_settings(artifact: Path, text: str) -> dict[str, Any]:
 
 def _predict_next(loaded: Loaded) -> list[int]:
     text_ids = encode_text(loaded, PROBE_TEXT)
-    room = min(loaded.settings.context_tokens, loaded.manifest.valid_context[1]) - 1
+    room = count_context(loaded) - 1
     longest = min(len(text_ids), room)
     lengths = [max(1, longest * number // PREFIXES) for number in range(1, PREFIXES + 1)]
     next_ids = []

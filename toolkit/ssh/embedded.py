@@ -194,7 +194,7 @@ def _new_session_rules(asyncssh: Any, connections: set[Any]) -> Any:
             connections.discard(self._connection)
 
         def connection_requested(self, dest_host: str, *_: object) -> bool:
-            return dest_host == LOOPBACK
+            return dest_host.startswith("127.")
 
     return Rules()
 

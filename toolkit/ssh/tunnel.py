@@ -18,8 +18,10 @@ OPEN_TIMEOUT_S = 30
 
 
 @contextmanager
-def tunneling(device: Device, remote_port: int, local_port: int = 0) -> Iterator[int]:
-    """Forward a port of this machine's loopback to one of the device's; yields ours.
+def tunneling(
+    device: Device, remote_port: int, local_port: int = 0, remote_host: str = LOOPBACK
+) -> Iterator[int]:
+    """Forward a port of this machine's loopback to one that the device reaches; yields ours.
 
     UnreachableError when the login fails; OSError when `local_port` is in use.
     """
@@ -27,7 +29,7 @@ def tunneling(device: Device, remote_port: int, local_port: int = 0) -> Iterator
 
         class Connection(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                _forward(transport, remote_port, self.request)
+                _forward(transport, (remote_host, remote_port), self.request)
 
         with _Listener((LOOPBACK, local_port), Connection) as listener:
             serving = threading.Thread(target=listener.serve_forever, daemon=True)
@@ -44,13 +46,13 @@ class _Listener(socketserver.ThreadingTCPServer):
     block_on_close = False
 
 
-def _forward(transport: "Transport", port: int, client: Any) -> None:
+def _forward(transport: "Transport", target: tuple[str, int], client: Any) -> None:
     """Copy both ways until either side is done; a side that cannot be reached hangs up."""
     from paramiko.ssh_exception import SSHException
 
     try:
         channel = transport.open_channel(
-            "direct-tcpip", (LOOPBACK, port), (LOOPBACK, 0), timeout=OPEN_TIMEOUT_S
+            "direct-tcpip", target, (LOOPBACK, 0), timeout=OPEN_TIMEOUT_S
         )
     except (SSHException, OSError, EOFError):
         return

@@ -53,11 +53,16 @@ def describe_chat(chat: Chat, context_length: int) -> OllamaModel:
     )
 
 
-def has_own_turns(chat: Chat) -> bool:
-    """Whether TURNS, which a built Modelfile has, are the turns of the checkpoint's template."""
-    own = {f"<|{role}|>": "<|end|>" for role in chat.turns}
-    found = {before.strip(): after.strip() for before, after in chat.turns.values()}
-    return found == own and chat.generation.strip() == "<|assistant|>"
+def has_phi3_turns(chat: Chat) -> bool:
+    """Whether a chat is written as Phi-3's: as TURNS, which a built Modelfile has, writes it.
+
+    A whole chat tells, for templates differ in whose turn they count the next one's start to.
+    """
+    others = [role for role in chat.turns if role not in ("user", "assistant")]
+    roles = [*others, "user", "assistant", "user"]
+    own = "".join(f"<|{role}|>{role}<|end|>" for role in roles) + "<|assistant|>"
+    found = "".join(role.join(chat.turns.get(role, ())) for role in roles) + chat.generation
+    return "".join(found.split()) == own
 
 
 def write_modelfile(model: OllamaModel) -> str:

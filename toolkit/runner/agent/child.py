@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ STDERR_TAIL_CHARACTERS = 2000
 IMPORT_TIMEOUT_S = 120
 LOG_BYTES = 1 << 20
 LOG_TAIL_CHARACTERS = 20_000
+RUNNER_LOG = "runner.log"
+SERVICE_LOG = "service.log"
 
 TakeLine = Callable[[bytes], None]
 
@@ -43,8 +46,7 @@ def run_child(
     )  # fmt: skip
     lines: list[bytes] = []
     errors: list[bytes] = []
-    with watching(process):
-        timer = _KillTimer(process.pid, timeout_s)
+    with watching(process), KillTimer(process.pid, timeout_s) as timer:
         feeding = threading.Thread(target=_feed, args=(process.stdin, stdin))
         feeding.start()
         reading = drain(process.stderr, errors.append)
@@ -53,7 +55,6 @@ def run_child(
             if take_line:
                 take_line(line)
         code = process.wait()
-        timer.cancel()
         feeding.join()
         reading.join()
     if timer.has_fired:
@@ -63,10 +64,14 @@ def run_child(
 
 @contextlib.contextmanager
 def watching(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Have a child killed by `kill_running` as long as the block lasts."""
+    """Have a child killed by `kill_running` as long as the block lasts, or when it fails."""
     _running.add(process.pid)
     try:
         yield
+    except BaseException:  # Ctrl-C too: the child is in a group of its own
+        kill_group(process.pid)
+        process.wait()
+        raise
     finally:
         _running.discard(process.pid)
 
@@ -180,11 +185,19 @@ def read_log(layout: Layout, *names: str) -> str:
     )
 
 
+def trim_log(layout: Layout, name: str) -> None:
+    """Move a log beyond LOG_BYTES aside; whoever appends to it goes on in the same file."""
+    path = layout.logs / name
+    if path.exists() and path.stat().st_size > LOG_BYTES:
+        shutil.copyfile(str(path), str(path.with_name(f"{name}.1")))
+        os.truncate(str(path), 0)
+
+
 def log_words(layout: Layout, release: str, text: str) -> None:
     """Keep a runner's last words; the file before the last LOG_BYTES is kept too."""
     if not text.strip():
         return
-    path = layout.logs / "runner.log"
+    path = layout.logs / RUNNER_LOG
     if path.exists() and path.stat().st_size > LOG_BYTES:
         path.replace(path.with_name("runner.log.1"))
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -192,15 +205,23 @@ def log_words(layout: Layout, release: str, text: str) -> None:
         stream.write(f"--- {now} {release}\n{text.rstrip()}\n")
 
 
-class _KillTimer(threading.Timer):
-    """Kills a group of processes when its time is up."""
+class KillTimer(threading.Timer):
+    """Kills a group of processes when its time is up before the block's end."""
 
     def __init__(self, pid: int, timeout_s: float) -> None:
         super().__init__(timeout_s, self._fire)
         self._pid = pid
         self.has_fired = False
         self.daemon = True
+
+    def __enter__(self) -> KillTimer:
+        """Let the time run."""
         self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop it."""
+        self.cancel()
 
     def _fire(self) -> None:
         self.has_fired = True

@@ -11,15 +11,19 @@ import os
 import plistlib
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..failure import Failure
+from .child import SERVICE_LOG
 from .durable import make_folder, replace_text
 from .layout import Layout
 from .releases import RUNNER
 
 COMMAND_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 40
+POLL_S = 0.2
 DEFAULT_BASE = "~/.phiship/v1"
 UNIT = """[Unit]
 Description=phiship: answers OpenAI's API
@@ -32,7 +36,7 @@ Restart=on-failure
 RestartSec=5
 KillSignal=SIGTERM
 TimeoutStopSec=30
-StandardOutput=null
+StandardOutput=append:{log}
 StandardError=append:{log}
 
 [Install]
@@ -53,21 +57,21 @@ class Systemd:
         """Write the unit and have it start at boot."""
         make_folder(self._path.parent)
         command = " ".join(quote_unit(word) for word in build_start(self._layout, arguments))
-        log = str(self._layout.logs / "service.log").replace("%", "%%")
+        log = str(self._layout.logs / SERVICE_LOG).replace("%", "%%")
         replace_text(self._path, UNIT.format(command=command, log=log))
         self._call("daemon-reload")
         self._call("enable", self.name)
 
     def remove(self) -> None:
         """Stop it and remove the unit."""
-        self._call("stop", self.name, check=False)  # it may never have been loaded
-        self._call("disable", self.name)
+        self.stop()
+        self._call("disable", self.name, check=False)
         self._path.unlink(missing_ok=True)
-        self._call("daemon-reload")
+        self._call("daemon-reload", check=False)
 
     def stop(self) -> None:
-        """Stop it."""
-        self._call("stop", self.name)
+        """Stop it; nothing happens when it does not run, or when there is no systemd any more."""
+        self._call("stop", self.name, check=False)
 
     def restart(self) -> None:
         """Start it anew, whatever it has tried before."""
@@ -114,7 +118,8 @@ class Launchd:
                 "RunAtLoad": True,
                 "KeepAlive": {"SuccessfulExit": False},
                 "ThrottleInterval": 5,
-                "StandardErrorPath": str(self._layout.logs / "service.log"),
+                "StandardOutPath": str(self._layout.logs / SERVICE_LOG),
+                "StandardErrorPath": str(self._layout.logs / SERVICE_LOG),
             }
         ).decode()
 
@@ -124,8 +129,11 @@ class Launchd:
         self._path.unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """Stop it."""
+        """Stop it, and wait until launchd has forgotten it."""
         run_manager(["launchctl", "bootout", f"{self._domain}/{self.name}"], check=False)
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        while self._print() and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
 
     def restart(self) -> None:
         """Start it anew."""
@@ -145,12 +153,18 @@ class Launchd:
         return run_manager(["launchctl", "print", f"{self._domain}/{self.name}"], check=False)
 
 
+def choose_manager(layout: Layout) -> Systemd | Launchd:
+    """Return what starts services of this user on such a system."""
+    return Launchd(layout) if sys.platform == "darwin" else Systemd(layout)
+
+
 def find_manager(layout: Layout) -> Systemd | Launchd:
-    """Return what starts services of this user; Failure when there is nothing."""
-    if sys.platform == "darwin":
-        return Launchd(layout)
+    """Return what starts services of this user; Failure when it does not answer."""
+    manager = choose_manager(layout)
+    if isinstance(manager, Launchd):
+        return manager
     if run_manager(["systemctl", "--user", "show-environment"], check=False):
-        return Systemd(layout)
+        return manager
     raise Failure(
         "service",
         "this system has no systemd for its users, which the service needs",

@@ -25,6 +25,7 @@ from . import blobs, child, facts, install, journal, lock, releases, server, ser
 from .layout import Layout, open_layout
 
 BEAT_S = 5.0
+LOGS = (child.RUNNER_LOG, child.SERVICE_LOG)
 
 
 class Agent:
@@ -76,10 +77,12 @@ def serve(root: str) -> int:
 
 
 def _end(agent: Agent) -> None:
-    """Leave nothing behind that only this connection wanted."""
-    server.stop_server(agent)
-    if agent.lock:
-        service.resume_service(agent.layout)
+    """Leave nothing behind that only this connection wanted, and what it has paused running."""
+    try:
+        server.stop_server(agent)
+    finally:
+        if agent.lock:
+            service.resume_service(agent.layout)
 
 
 def _answer(agent: Agent, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +100,8 @@ def _lock(agent: Agent, owner: str) -> dict[str, Any]:
     """Become the only push, and make whole what an earlier one left."""
     agent.lock = lock.take(agent.layout, owner)
     recovered = releases.recover(agent.layout)
+    if recovered["returned"]:  # the service may still serve what was on trial
+        service.start_service(agent.layout)
     service.resume_service(agent.layout)
     return recovered
 
@@ -135,6 +140,18 @@ def _run(
     return child.run_release(agent.layout, folder, arguments, stdin.encode(), timeout_s, take_line)
 
 
+def _unlock(agent: Agent, force: bool) -> dict[str, Any]:
+    answer = lock.unlock(agent.layout, force=force)
+    if force:
+        service.resume_service(agent.layout)
+    return answer
+
+
+def _restart_service(agent: Agent) -> dict[str, Any]:
+    server.stop_server(agent)  # memory may hold one model only
+    return service.restart_service(agent.layout)
+
+
 def _uninstall(agent: Agent) -> dict[str, Any]:
     service.remove_service(agent.layout)
     return releases.uninstall(agent.layout)
@@ -145,7 +162,7 @@ _CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     "runtimes": lambda agent: install.find_runtimes(agent.layout),
     "status": lambda agent: releases.read_status(agent.layout),
     "history": lambda agent: {"events": journal.read(agent.layout)},
-    "logs": lambda agent: {"text": child.read_log(agent.layout, "runner.log", "service.log")},
+    "logs": lambda agent: {"text": child.read_log(agent.layout, *LOGS)},
     "manifest": lambda agent, release: releases.read_manifest(agent.find_artifact(release)),
     "survey": blobs.survey,
     "run": _run,
@@ -153,7 +170,7 @@ _CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     "start_script": server.start_script,
     "serving": lambda agent: {"running": agent.server is not None and agent.server.is_running},
     "service": lambda agent: service.read_service(agent.layout),
-    "unlock": lambda agent, force: lock.unlock(agent.layout, force=force),
+    "unlock": _unlock,
     "lock": _lock,
     "receive": blobs.receive,
     "install": lambda agent, **request: install.install_runtime(agent.layout, **request),
@@ -165,13 +182,13 @@ _CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     "prune": lambda agent: releases.prune(agent.layout),
     "install_service": lambda agent, **request: service.install_service(agent.layout, **request),
     "remove_service": lambda agent: service.remove_service(agent.layout),
-    "stop_service": lambda agent: service.stop_service(agent.layout),
-    "restart_service": lambda agent: service.restart_service(agent.layout),
+    "pause_service": lambda agent: service.pause_service(agent.layout),
+    "restart_service": _restart_service,
     "uninstall": _uninstall,
 }
 _CHANGING = {
     *("receive", "install", "stage", "discard", "switch", "return", "confirm", "prune"),
-    *("uninstall", "install_service", "remove_service", "stop_service", "restart_service"),
+    *("uninstall", "install_service", "remove_service", "pause_service", "restart_service"),
 }
 
 
@@ -201,6 +218,8 @@ def _beating(agent: Agent, stdout: _Output) -> Iterator[None]:
                     agent.lock.beat()
             except OSError:
                 child.kill_running()
+                if agent.lock:
+                    service.resume_service(agent.layout)
                 os._exit(1)
 
     threading.Thread(target=beat, daemon=True).start()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 STOP_TIMEOUT_S = 20
 START_TIMEOUT_S = 900  # of a script: a board may read gigabytes from a card first
 POLL_S = 0.2
+WORDS_S = 1.0
 TAIL_LINES = 40
 LOOPBACK = "127.0.0.1"
 # Runs the script $0; a shell beside it ends it with our standard input, also when we are killed.
@@ -44,22 +45,23 @@ class Server:
         self._words: list[str] = []
         self._watched = contextlib.ExitStack()
         self._watched.enter_context(child.watching(self.process))
-        child.drain(self.process.stderr, self._keep)
+        self._reading = child.drain(self.process.stderr, self._keep)
 
     @property
     def is_running(self) -> bool:
         """False once it has ended, for whatever reason."""
         return self.process.poll() is None
 
-    def close(self) -> str:
-        """End its input, and it when that is not enough; returns its last words."""
+    def close(self, patience_s: float = STOP_TIMEOUT_S) -> str:
+        """End its input, and it when that is not enough in time; returns its last words."""
         with contextlib.suppress(OSError):
             cast("IO[bytes]", self.process.stdin).close()
         try:
-            self.process.wait(STOP_TIMEOUT_S if self.told else 0)
+            self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
             child.kill_group(self.process.pid)
             self.process.wait()
+        self._reading.join(WORDS_S)
         self._watched.close()
         return "\n".join(self._words)
 
@@ -78,21 +80,36 @@ def open_server(command: list[str]) -> Server:
     """Start a runner's `serve` and wait until it listens; `told` is what it says of itself.
 
     It ends when its standard input does, whatever becomes of us. Failure when it ends before it
-    listens, with its own reason.
+    listens, with its own reason, or does not listen in time.
     """
     server = Server([*command, "--json", "--until-eof"])
+    try:
+        with child.KillTimer(server.process.pid, START_TIMEOUT_S) as timer:
+            server.told = _await_word(server)
+    except BaseException:
+        server.close(0)
+        raise
+    if not server.told:
+        if timer.has_fired:
+            raise Failure("runner", f"it does not listen within {START_TIMEOUT_S} s")
+        raise server.explain_end()
+    child.drain(server.process.stdout, lambda _: None)
+    return server
+
+
+def _await_word(server: Server) -> dict[str, Any]:
+    """Return what the server says when it listens; nothing when it ends. Failure as it says."""
     for line in cast("IO[bytes]", server.process.stdout):
         with contextlib.suppress(ValueError):
-            told: dict[str, Any] = json.loads(line)
+            told = json.loads(line)
+            if not isinstance(told, dict):
+                continue
             if "error" in told:
-                server.close()
                 error = told["error"]
                 raise Failure(error["kind"], error["message"], error["advice"])
             if "listening" in told:
-                server.told = told
-                child.drain(server.process.stdout, lambda _: None)
-                return server
-    raise server.explain_end()
+                return told
+    return {}
 
 
 def start_server(agent: Agent, release: str, arguments: list[str]) -> dict[str, Any]:
@@ -119,17 +136,17 @@ def start_script(
     places = {name: str(Path(value).expanduser()) for name, value in environment.items()}
     address = {address_variable: f"{LOOPBACK}:{port}"}
     command = ["/bin/sh", "-c", UNTIL_EOF, str(path)]
-    agent.server = server = Server(command, {**places, **address})
+    server = Server(command, {**places, **address})
     child.drain(server.process.stdout, lambda _: None)
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while not is_answered(f"http://{LOOPBACK}:{port}{ready_path}"):
         if not server.is_running:
-            agent.server = None
             raise server.explain_end()
         if time.monotonic() > deadline_s:
-            stop_server(agent)
+            server.close(0)
             raise Failure("runner", f"{script} does not answer within {START_TIMEOUT_S} s")
         time.sleep(POLL_S)
+    agent.server = server
     return {"port": port}
 
 
@@ -137,7 +154,9 @@ def stop_server(agent: Agent) -> None:
     """End the server, if there is one, and keep its last words."""
     server, agent.server = agent.server, None
     if server is not None:
-        child.log_words(agent.layout, "server", server.close())
+        # A script's program takes no notice of its standard input.
+        words = server.close(STOP_TIMEOUT_S if server.told else 0)
+        child.log_words(agent.layout, "server", words)
 
 
 def is_answered(url: str) -> bool:

@@ -59,6 +59,8 @@ class Model:
 
     def encode(self, text: str) -> list[int]:
         """Return token ids; the tokenizer parses special tokens and adds none."""
+        if "\0" in text:  # which would end it there, silently
+            raise Failure("request", f"{PACKAGE} cannot read a text with the character NUL")
         return [int(token) for token in self._tokenizer.encode(text)]
 
     def generate(
@@ -94,9 +96,9 @@ class Model:
         self._kept = None
         if kept is None or kept.capacity < needed or not self._is_alike(kept.tokens, prompt_ids):
             kept = None  # its memory goes before the next one's comes
-            kept = self._make(self._choose_capacity(needed))
-        self.reused_tokens = count_common(kept.tokens, prompt_ids)
         try:
+            kept = kept or self._make(self._choose_capacity(needed))
+            self.reused_tokens = count_common(kept.tokens, prompt_ids)
             kept.generator.rewind_to(self.reused_tokens)
             self._append(kept.generator, prompt_ids, self.reused_tokens)
         except RuntimeError as error:

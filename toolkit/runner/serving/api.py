@@ -19,7 +19,6 @@ MOST_STOPS = 4
 STOP_CHARACTERS = 256
 # Dividing logits by less overflows in the engines, and changes nothing.
 LOWEST_TEMPERATURE = 1e-3
-SEEDS = 2**31  # the engines take that many
 
 TAKEN = {
     *("model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"),
@@ -205,7 +204,7 @@ def _read_sampling(body: dict[str, Any]) -> Sampling:
         raise refuse("seed has to be a number of 64 bits", "seed")
     if temperature < LOWEST_TEMPERATURE or top_p == 0:
         return GREEDY
-    return Sampling(temperature, top_p, None if seed is None else seed % SEEDS)
+    return Sampling(temperature, top_p, seed)
 
 
 def _read_stops(stop: Any) -> tuple[str, ...]:

@@ -163,7 +163,12 @@ class Line:
     def _answer(self, job: Job) -> None:
         if job.is_cancelled:
             return
-        prompt_ids = encode_text(self._loaded, job.asked.text)
+        try:
+            prompt_ids = encode_text(self._loaded, job.asked.text)
+        except Failure as failure:
+            if failure.kind != "request":
+                raise
+            raise refuse(str(failure), job.asked.prompt_field) from None
         if not prompt_ids:
             raise refuse("the prompt is empty", job.asked.prompt_field)
         max_tokens = self._bound_answer(len(prompt_ids), job.asked)
