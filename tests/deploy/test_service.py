@@ -40,9 +40,6 @@ from toolkit.ssh.embedded import EmbeddedDevice
 from toolkit.ssh.session import open_session
 from toolkit.trial import Trial, put_into_use
 
-# One after the other: all managers that a user starts share the control groups of their units.
-pytestmark = pytest.mark.xdist_group("systemd")
-
 WAIT_S = 60
 SMOKE = Smoke(prompt="What is the capital of France?", expect="Paris")
 
