@@ -9,6 +9,9 @@ Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string"}
 FULL_TEXT: Schema = {"type": "string", "minLength": 1}
+# onnxruntime-genai's tokenizer would end a text at its first NUL.
+PROMPT: Schema = {"type": "string", "pattern": "^[^\\u0000]*$"}
+FULL_PROMPT: Schema = {"type": "string", "pattern": "^[^\\u0000]+$"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 FALSE: Schema = {"enum": [False, None]}
 EMPTY_LIST: Schema = {"type": ["array", "null"], "maxItems": 0}
@@ -54,11 +57,11 @@ def common(model: str) -> Schema:
 
 
 def chat(model: str) -> Schema:
-    part = make_object({"type": {"enum": ["text"]}, "text": TEXT})
+    part = make_object({"type": {"enum": ["text"]}, "text": PROMPT})
     message = make_object(
         {
             "role": ROLE,
-            "content": {"anyOf": [TEXT, make_list(part)]},
+            "content": {"anyOf": [PROMPT, make_list(part)]},
             "name": ANYTHING,
             "refusal": {"type": "null"},
             "tool_calls": EMPTY_LIST,
@@ -76,7 +79,7 @@ def chat(model: str) -> Schema:
 
 
 def completion(model: str) -> Schema:
-    prompt = {"anyOf": [FULL_TEXT, make_list(FULL_TEXT, 1)]}
+    prompt = {"anyOf": [FULL_PROMPT, make_list(FULL_PROMPT, 1)]}
     return make_object({**common(model), "prompt": prompt}, ["prompt"])
 
 
