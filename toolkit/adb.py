@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from toolkit.artifact import Manifest
+from toolkit.artifact import Manifest, make_safe
 from toolkit.console import Console, format_bytes
 from toolkit.deploy import Push, prepare_release
 from toolkit.errors import PreflightError, RunnerError, UnreachableError
@@ -108,7 +108,7 @@ class Folders:
     @classmethod
     def of(cls, name: str) -> "Folders":
         """Those of an artifact; its name becomes one that every shell takes."""
-        safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "artifact"
+        safe = make_safe(name)
         return cls(f"{ROOT}/{safe}", f"{ROOT}/.{safe}.partial")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -112,6 +113,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def size_bytes(self) -> int:
         """Sum of all files named, without the manifest itself."""
         return sum(file.size_bytes for file in self.files)
+
+
+def make_safe(name: str, otherwise: str = "artifact") -> str:
+    """Return a name that every shell and file system takes, without a dot or dash in front."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or otherwise
 
 
 def hash_file(path: Path, advance: Advance = ignore) -> str:

@@ -1,7 +1,6 @@
 """Push an artifact to a device, let it answer there, switch to it, and go back when it fails."""
 
 import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -10,7 +9,15 @@ from pathlib import Path
 
 import msgspec
 
-from toolkit.artifact import MANIFEST, Manifest, Smoke, hash_file, read_manifest, verify_files
+from toolkit.artifact import (
+    MANIFEST,
+    Manifest,
+    Smoke,
+    hash_file,
+    make_safe,
+    read_manifest,
+    verify_files,
+)
 from toolkit.console import Console, format_bytes
 from toolkit.device import Device, Facts
 from toolkit.errors import (
@@ -149,7 +156,7 @@ def prepare_release(artifact: Path, push: Push) -> Release:
 
 def name_release(name: str, manifest_sha256: str, runner_sha256: str, runtime: str = "") -> str:
     """Return a release's id; it covers runner and runtime, for a release is never changed."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "artifact"
+    safe = make_safe(name)
     around = hashlib.sha256(f"{runner_sha256} {runtime}".encode()).hexdigest()
     return f"{safe}-{manifest_sha256[:12]}-{around[:6]}"
 

@@ -1,16 +1,15 @@
 """Where an artifact runs: in a folder on this machine, or as the release in use on a device."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from toolkit.artifact import MANIFEST, Manifest, read_manifest
+from toolkit.artifact import Manifest, read_manifest
 from toolkit.device import Device, resolve_device
 from toolkit.endpoint import Endpoint
-from toolkit.errors import ArtifactError, RunnerError
+from toolkit.errors import RunnerError
 from toolkit.remote import read_remote_manifest, read_service
 from toolkit.runner.agent import child
 from toolkit.runner.agent.server import open_server
@@ -64,10 +63,9 @@ class LocalPlace:
         """As Place."""
 
         def take_line(line: bytes) -> None:
-            with suppress(ValueError):
-                told = json.loads(line)
-                if take_progress and isinstance(told, dict) and "progress" in told:
-                    take_progress(told["progress"])
+            told = child.read_progress(line)
+            if told is not None and take_progress:
+                take_progress(told)
 
         command = build_command(self.artifact, arguments)
         done = child.run_child(command, stdin.encode(), timeout_s, take_line)
@@ -125,12 +123,9 @@ def open_place(text: str, devices_file: Path | None = None) -> Iterator[Place]:
     Raises ArtifactError, or what `open_session` raises.
     """
     folder = Path(text)
-    if (folder / MANIFEST).is_file():
+    if folder.is_dir() or "/" in text:
         yield LocalPlace(folder)
         return
-    if folder.is_dir() or "/" in text:
-        read_manifest(folder)  # raises
-        raise ArtifactError(f"{folder}: not a sealed artifact")
     with open_device(resolve_device(text, devices_file)) as place:
         yield place
 

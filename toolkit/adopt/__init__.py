@@ -20,7 +20,7 @@ import msgspec
 from toolkit import __version__, artifact, formats
 from toolkit.adopt import genie, gguf, mlx, onnx, openvino
 from toolkit.adopt.found import Found, Given
-from toolkit.artifact import Limits, Manifest, Quality, Runtime, Smoke, Source
+from toolkit.artifact import Limits, Manifest, Quality, Runtime, Smoke, Source, make_safe
 from toolkit.console import Console, format_bytes
 from toolkit.errors import ArtifactError, CheckpointError, SettingsError, UnsupportedError
 from toolkit.families import read_decoder
@@ -162,7 +162,7 @@ def _suggest(folder: Path) -> str:
 
 def _choose_name(path: Path) -> str:
     stem = path.resolve().name.removesuffix(gguf.SUFFIX)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip(".-") or ADOPTED
+    return make_safe(stem, ADOPTED)
 
 
 def _take(found: Found, folder: Path, copies: bool, console: Console) -> str:

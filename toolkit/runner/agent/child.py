@@ -124,6 +124,15 @@ def add_answer(done: dict[str, Any]) -> dict[str, Any]:
     return {**done, "answer": answer}
 
 
+def read_progress(line: bytes) -> Any | None:
+    """Return what a runner says of its work in a line of its output; None when it is another."""
+    with contextlib.suppress(ValueError):
+        told = json.loads(line)
+        if isinstance(told, dict):
+            return told.get("progress")
+    return None
+
+
 def build_command(artifact: Path, arguments: list[str]) -> list[str]:
     """Return the command that runs a release's own runner; Failure when it is not there."""
     if not (artifact / RUNNER).is_file():

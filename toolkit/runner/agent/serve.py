@@ -131,10 +131,9 @@ def _run(
     agent: Agent, release: str, arguments: list[str], stdin: str, timeout_s: float
 ) -> dict[str, Any]:
     def take_line(line: bytes) -> None:
-        with contextlib.suppress(ValueError):
-            told = json.loads(line)
-            if isinstance(told, dict) and "progress" in told:
-                agent.tell(told)
+        told = child.read_progress(line)
+        if told is not None:
+            agent.tell({"progress": told})
 
     folder = agent.find_artifact(release)
     return child.run_release(agent.layout, folder, arguments, stdin.encode(), timeout_s, take_line)
