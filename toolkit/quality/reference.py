@@ -1,10 +1,12 @@
 """The source model itself: a float32 forward pass in NumPy, streamed from the checkpoint.
 
 Follows transformers' Phi3ForCausalLM with eager attention in float32. One piece of one tensor is
-in memory at a time, so memory is a few activations whatever the model's size.
+in memory at a time, so memory is a few activations whatever the model's size. Where tensors come
+from is the caller's: `Weights` of a checkpoint here, of an artifact or of a calibration elsewhere.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,21 @@ PIECE_WEIGHTS = 1 << 22
 # Queries whose scores are held at once. Few, so that a head's product of a short text stays in one
 # thread: waking threads for each head costs more than the product, far more on a busy machine.
 QUERY_ROWS = 16
+# Tokens whose gates are computed at once: the temporary arrays stay small beside the activations.
+GATED_ROWS = 256
+
+
+class Weights(Protocol):
+    """A model's tensors, by the checkpoint's names, as a forward pass uses them."""
+
+    def look_up(self, name: str, ids: Sequence[int]) -> Array:
+        """Rows of a matrix, one for each id: float32 [len(ids), columns]."""
+
+    def read(self, name: str) -> Array:
+        """A vector, float32."""
+
+    def project(self, name: str, inputs: Array) -> Array:
+        """Multiply [n, in] with the matrix [out, in]: float32 [n, out]."""
 
 
 def forward(
@@ -34,14 +51,39 @@ def forward(
     `advance` is told every byte of weights that was used, `bytes_to_read` in total. ValueError when
     there is no id, one lies outside the vocabulary, or there are more than the context holds.
     """
-    _check_ids(decoder, ids)
-    model = _Model(checkpoint, decoder, advance or (lambda _: None))
+    weights = CheckpointWeights(checkpoint, advance or (lambda _: None))
+    return weights.project(decoder.head_name, final_states(weights, decoder, ids))
+
+
+def final_states(weights: Weights, decoder: Decoder, ids: Sequence[int]) -> Array:
+    """Return what the head multiplies: float32 [len(ids), hidden]; errors as in `forward`."""
+    check_ids(decoder, ids)
     rotation = rotary_tables(decoder.rope, len(ids))
-    hidden = model.embed(ids)
+    hidden = weights.look_up(decoder.names.embedding, ids)[None]
     for layer in range(decoder.layers):
-        hidden = model.run_layer(layer, hidden, rotation)
-    names = decoder.names
-    return model.project(decoder.head_name, model.normalize(names.final_norm, hidden))
+        hidden = run_layer(weights, decoder, layer, hidden, rotation)
+    return normalize(weights.read(decoder.names.final_norm), hidden[0], decoder.norm_epsilon)
+
+
+def run_layer(
+    weights: Weights, decoder: Decoder, layer: int, hidden: Array, rotation: tuple[Array, Array]
+) -> Array:
+    """One decoder layer on texts of one length: [texts, n, hidden] to the same shape.
+
+    Its four matrices are projected once each, in the order qkv, attention_out, gate_up, down, with
+    the tokens of all texts in one array [texts * n, in].
+    """
+    names, shape = decoder.names, hidden.shape
+    states = hidden.reshape(-1, shape[-1])
+    normed = normalize(
+        weights.read(names.attention_norm.format(layer)), states, decoder.norm_epsilon
+    )
+    fused = weights.project(names.qkv.format(layer), normed)
+    mixed = _mix(decoder, fused.reshape(*shape[:2], -1), rotation)
+    states = states + weights.project(names.attention_out.format(layer), mixed)
+    normed = normalize(weights.read(names.mlp_norm.format(layer)), states, decoder.norm_epsilon)
+    gated = apply_gate(weights.project(names.gate_up.format(layer), normed))
+    return (states + weights.project(names.down.format(layer), gated)).reshape(shape)
 
 
 def bytes_to_read(checkpoint: Checkpoint, decoder: Decoder) -> int:
@@ -72,6 +114,37 @@ def rotary_tables(rope: Rope, length: int) -> tuple[Array, Array]:
     frequencies = np.float32(1) / steps
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
     return np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
+
+
+def normalize(weight: Array, hidden: Array, epsilon: float) -> Array:
+    """RMSNorm over the last axis."""
+    mean_square = np.mean(np.square(hidden), axis=-1, keepdims=True)
+    normed: Array = hidden / np.sqrt(mean_square + np.float32(epsilon))
+    normed *= weight
+    return normed
+
+
+def apply_gate(gate_up: Array) -> Array:
+    """SiLU of the first half of [n, 2 * intermediate] by the second: [n, intermediate]."""
+    middle = gate_up.shape[-1] // 2
+    gated = np.empty((len(gate_up), middle), np.float32)
+    for start in range(0, len(gate_up), GATED_ROWS):
+        part = gate_up[start : start + GATED_ROWS]
+        np.multiply(silu(part[:, :middle]), part[:, middle:], out=gated[start : start + len(part)])
+    return gated
+
+
+def _mix(decoder: Decoder, fused: Array, rotation: tuple[Array, Array]) -> Array:
+    """Attention of each text by itself: [texts, n, qkv_rows] to [texts * n, heads * head_dim]."""
+    texts, length, _ = fused.shape
+    heads, kv_heads = decoder.heads, decoder.kv_heads
+    mixed = np.empty((texts, length, heads, decoder.head_dim), np.float32)
+    for text, states in enumerate(fused.reshape(texts, length, -1, decoder.head_dim)):
+        queries, keys, values = np.split(states, [heads, heads + kv_heads], axis=1)
+        mixed[text] = attend(
+            rotate(queries, rotation), rotate(keys, rotation), values, decoder.window
+        )
+    return mixed.reshape(texts * length, -1)
 
 
 def attend(queries: Array, keys: Array, values: Array, window: int | None) -> Array:
@@ -129,50 +202,24 @@ def silu(values: Array) -> Array:
     return values * sigmoid
 
 
-class _Model:
-    """One forward pass: the checkpoint, its architecture, and whom to tell of progress."""
+class CheckpointWeights:
+    """The source's own tensors, read piece by piece; `advance` is told the bytes of matrices."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, advance: Advance) -> None:
+    def __init__(self, checkpoint: Checkpoint, advance: Advance) -> None:
         self._checkpoint = checkpoint
-        self._decoder = decoder
         self._advance = advance
 
-    def embed(self, ids: Sequence[int]) -> Array:
-        """Look the tokens up, one row each: float32 [n, hidden]."""
-        hidden = np.empty((len(ids), self._decoder.hidden), np.float32)
-        name = self._decoder.names.embedding
+    def look_up(self, name: str, ids: Sequence[int]) -> Array:
+        """Rows of a matrix, one for each id: float32 [len(ids), columns]."""
+        found = np.empty((len(ids), self._checkpoint.tensors[name].shape[-1]), np.float32)
         for position, token in enumerate(ids):
             for _, raw in self._checkpoint.read_rows(name, token, 1):
-                hidden[position] = to_float32(raw)[0]
-        return hidden
+                found[position] = to_float32(raw)[0]
+        return found
 
-    def run_layer(self, layer: int, hidden: Array, rotation: tuple[Array, Array]) -> Array:
-        """One decoder layer: [n, hidden] to [n, hidden]."""
-        names = self._decoder.names
-        normed = self.normalize(names.attention_norm.format(layer), hidden)
-        mixed = self._attention(layer, normed, rotation)
-        hidden = hidden + self.project(names.attention_out.format(layer), mixed)
-        normed = self.normalize(names.mlp_norm.format(layer), hidden)
-        gate_up = self.project(names.gate_up.format(layer), normed)
-        middle = self._decoder.intermediate
-        gated = silu(gate_up[:, :middle]) * gate_up[:, middle:]
-        return hidden + self.project(names.down.format(layer), gated)
-
-    def _attention(self, layer: int, normed: Array, rotation: tuple[Array, Array]) -> Array:
-        decoder = self._decoder
-        fused = self.project(decoder.names.qkv.format(layer), normed)
-        fused = fused.reshape(len(normed), -1, decoder.head_dim)
-        heads, kv_heads = decoder.heads, decoder.kv_heads
-        queries, keys, values = np.split(fused, [heads, heads + kv_heads], axis=1)
-        mixed = attend(rotate(queries, rotation), rotate(keys, rotation), values, decoder.window)
-        return mixed.reshape(len(normed), -1)
-
-    def normalize(self, name: str, hidden: Array) -> Array:
-        """RMSNorm over the last axis."""
-        weight = self._checkpoint.read(name)
-        mean_square = np.mean(np.square(hidden), axis=-1, keepdims=True)
-        normed: Array = hidden / np.sqrt(mean_square + np.float32(self._decoder.norm_epsilon))
-        return weight * normed
+    def read(self, name: str) -> Array:
+        """A vector, float32."""
+        return self._checkpoint.read(name)
 
     def project(self, name: str, inputs: Array) -> Array:
         """Multiply [n, in] with the tensor [out, in], piece by piece: [n, out]."""
@@ -185,7 +232,8 @@ class _Model:
         return np.ascontiguousarray(outputs.T)
 
 
-def _check_ids(decoder: Decoder, ids: Sequence[int]) -> None:
+def check_ids(decoder: Decoder, ids: Sequence[int]) -> None:
+    """ValueError when there is no id, too many, or one outside the vocabulary."""
     if not 0 < len(ids) <= decoder.context:
         raise ValueError(f"{len(ids)} tokens; allowed 1 to {decoder.context} (the context)")
     if outside := [token for token in ids if not 0 <= token < decoder.vocab]:
