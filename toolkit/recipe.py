@@ -10,6 +10,25 @@ Engine = Literal["native", "vendor"]
 BESIDE_THE_BYTES = ("name", "title", "first_choice", "check", "smoke")
 
 
+class Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How codes are chosen; each format's own struct says on which grid.
+
+    `method` gptq takes the codes that keep the outputs of each matrix on a calibration text
+    nearest to the source's; rtn rounds each weight to the nearest. `equalize` first moves scale
+    between weights, exactly, so that channels with outliers lose less. `calibration_tokens` is
+    the length of the text for both, in tokens.
+    """
+
+    method: Literal["rtn", "gptq"] = "rtn"
+    equalize: bool = False
+    calibration_tokens: int = 8192
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True when building takes a calibration text."""
+        return self.method != "rtn" or self.equalize
+
+
 class Recipe(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="format"
 ):

@@ -2,15 +2,13 @@
 
 from typing import Literal
 
-import msgspec
-
-from toolkit.recipe import Recipe
+from toolkit.recipe import Quantization, Recipe
 
 Precision = Literal["iq4_xs", "q4_0", "q8_0", "q4_k_m", "q5_k_m", "q6_k", "f16", "bf16"]
 TensorType = Literal["iq4_nl", "q4_0", "q8_0", "q4_k", "q5_k", "q6_k", "f16", "bf16"]
 
 
-class GgufQuantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GgufQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How weights are stored: the mixes of llama-quantize by their names, in lower case.
 
     `embedding` and `head` replace the mix's own choice for these two tensors; a tied embedding is

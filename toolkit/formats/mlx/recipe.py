@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from toolkit.recipe import Recipe
+from toolkit.recipe import Quantization, Recipe
 
 Bits = Literal[2, 3, 4, 5, 6, 8, 16]
 GroupSize = Literal[32, 64, 128]
@@ -17,7 +17,7 @@ class MlxOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     group_size: GroupSize | None = None
 
 
-class MlxQuantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class MlxQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How weights are stored; 16 bits leave a module in `dtype`, unquantized.
 
     What comes later in this list wins: `bits`; `sensitive_bits`, for the modules that mlx-lm's
@@ -33,7 +33,7 @@ class MlxQuantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     sensitive_bits: Bits | None = None
     embedding_bits: Bits | None = None
     head_bits: Bits | None = None
-    overrides: dict[str, MlxOverride] = {}
+    overrides: dict[str, MlxOverride] = msgspec.field(default_factory=dict)
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
 
 

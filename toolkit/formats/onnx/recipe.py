@@ -2,14 +2,12 @@
 
 from typing import Literal
 
-import msgspec
-
-from toolkit.recipe import Recipe
+from toolkit.recipe import Quantization, Recipe
 
 BITS = {"int4": 4, "int8": 8}
 
 
-class OnnxQuantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class OnnxQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How weights are stored; the block fields matter for int4 only.
 
     `accuracy_level` 4 lets the CPU kernels multiply in int8; 0 leaves the choice to the runtime.

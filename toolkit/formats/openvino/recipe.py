@@ -4,12 +4,12 @@ from typing import Literal
 
 import msgspec
 
-from toolkit.recipe import Recipe
+from toolkit.recipe import Quantization, Recipe
 
 Kind = Literal["int4", "int8", "f16"]
 
 
-class OpenvinoQuantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class OpenvinoQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How weights are stored; `group_size` and `symmetric` matter for int4 only.
 
     `group_size` -1 is one group a row. int8 is always one range a row, with a zero point. What
