@@ -19,7 +19,7 @@ help:
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml build_kernels.py toolkit/quantize/kernels.c
+$(VENV)/ready: pyproject.toml build_kernels.py $(wildcard toolkit/quantize/*.c)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'

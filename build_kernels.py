@@ -1,4 +1,4 @@
-"""Compiles toolkit/quantize/kernels.c when the package is built; NumPy does it otherwise."""
+"""Compiles toolkit/quantize/*.c when the package is built; NumPy does it otherwise."""
 
 import os
 import shlex
@@ -9,8 +9,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("toolkit/quantize/kernels.c")
-LIBRARY = SOURCE.with_name("_kernels.so")
+FOLDER = Path("toolkit/quantize")
+LIBRARY = FOLDER / "_kernels.so"
 # No fused multiply-add: the formats round twice, and every byte is compared with theirs.
 FLAGS = "-std=c99 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fPIC -shared"
 
@@ -20,9 +20,10 @@ class KernelBuildHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         """Compile, or say why not and go on."""
-        source, library = Path(self.root) / SOURCE, Path(self.root) / LIBRARY
+        library = Path(self.root) / LIBRARY
+        sources = [str(path) for path in sorted((Path(self.root) / FOLDER).glob("*.c"))]
         compiler = shlex.split(os.environ.get("CC") or "cc")
-        command = [*compiler, *FLAGS.split(), "-o", str(library), str(source), "-lm"]
+        command = [*compiler, *FLAGS.split(), "-o", str(library), *sources, "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from toolkit import catalog
-from toolkit.build import Options, build
+from toolkit.build import build
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
 from toolkit.device import Device
+from toolkit.job import Options
 from toolkit.report import Report
 from toolkit.ssh.embedded import EmbeddedDevice
 

@@ -51,23 +51,31 @@ class Smoke(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the gate demands of the artifact against its source, on the probe text.
+    """What is demanded of the artifact against its source, on the gate's text and on `check`'s.
 
     `max_kl` is the mean Kullback-Leibler divergence in nats per token, `min_top1` the share of
-    tokens (0 to 1) whose most likely next token is the same.
+    tokens (0 to 1) whose most likely next token is the same. Without a limit unless they are set:
+    `max_kl_99`, the divergence that 99 % of the tokens do not exceed, and `max_perplexity_ratio`,
+    the artifact's perplexity over the source's.
     """
 
     max_kl: float = 0.1
     min_top1: float = 0.85
+    max_kl_99: float | None = None
+    max_perplexity_ratio: float | None = None
 
 
 class Measure(msgspec.Struct, frozen=True, kw_only=True):
-    """One gate measurement: what was measured and the limit it met; `limit` None means no limit."""
+    """One gate measurement: what was measured and the limit it met; `limit` None means no limit.
+
+    `error` is the standard error of a mean.
+    """
 
     name: str
     value: float
     limit: float | None
     ok: bool
+    error: float | None = None
 
 
 class Quality(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +84,14 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     checked: bool
     runtime: str
     measures: tuple[Measure, ...] = ()
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """The text on which codes were chosen; `digest` covers its token ids."""
+
+    text: str
+    digest: str
+    tokens: int
 
 
 class Runtime(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,6 +124,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     quality: Quality
     files: tuple[File, ...]
     notes: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def size_bytes(self) -> int:

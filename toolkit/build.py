@@ -1,22 +1,20 @@
 """Build: plan -> convert -> check -> seal; nothing appears at its final path before."""
 
-import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
-from toolkit import __version__, artifact, fileio, formats
-from toolkit.artifact import Chat, Manifest, Quality, Runtime, Source
+from toolkit import __version__, artifact, formats
+from toolkit.artifact import Manifest, Quality, Runtime, Source
 from toolkit.check import run_checks
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console, format_bytes
-from toolkit.decoder import Decoder
+from toolkit.convert import convert
 from toolkit.errors import ArtifactError, BuildError, PhishipError, PlanError
 from toolkit.export import (
     LOCK_KEY,
@@ -27,44 +25,15 @@ from toolkit.export import (
     run_export,
 )
 from toolkit.families import read_decoder
+from toolkit.job import Building, Job, Options, Result
 from toolkit.plan import Plan, make_plan, measure_tokenizer
-from toolkit.quality.chat import read_chat
-from toolkit.recipe import Recipe
+from toolkit.quality.texts import Text, read_text
+from toolkit.recipe import Method, Recipe
 from toolkit.report import Report
 from toolkit.staging import Staging, check_free_disk, stage
-from toolkit.stream import Output, stream
 
-
-@dataclass(frozen=True)
-class Options:
-    """How to build; nothing here changes the artifact's bytes but `context_length`."""
-
-    context_length: int | None = None
-    workers: int | None = None
-    memory_bytes: int | None = None
-    check: bool = True
-    replace: bool = False
-    force_memory: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """One artifact to be made of the checkpoint."""
-
-    plan: Plan
-    source: Source
-    chat: Chat
-    final: Path
-
-    @property
-    def name(self) -> str:
-        """Name of recipe and artifact."""
-        return self.plan.recipe.name
-
-    @property
-    def key(self) -> str:
-        """What a killed build must have been making for its work to be gone on with."""
-        return f"{self.plan.digest} {self.source.digest}"
+CALIBRATION_LENGTH = 512  # tokens of a sequence: chats of usual length
+OTHER_MADE = "another plan, source or calibration text made it"
 
 
 @dataclass(frozen=True)
@@ -74,57 +43,6 @@ class Made:
     tools: dict[str, str] = field(default_factory=dict)
     last_context: int | None = None
     notes: tuple[str, ...] = ()
-
-
-Result = Path | PhishipError
-
-
-@dataclass(frozen=True)
-class Building:
-    """What all steps of a build share; `results` has each artifact's path, or its error."""
-
-    checkpoint: Checkpoint
-    out: Path
-    options: Options
-    console: Console
-    report: Report
-    is_alone: bool
-    results: dict[str, Result] = field(default_factory=dict)
-
-    @cached_property
-    def decoder(self) -> Decoder:
-        """The architecture, once compared with the checkpoint's tensors."""
-        decoder = read_decoder(self.checkpoint.config)
-        self.checkpoint.check(decoder)
-        return decoder
-
-    @cached_property
-    def digest(self) -> str:
-        """The checkpoint's fingerprint."""
-        return self.checkpoint.fingerprint()
-
-    @cached_property
-    def chat(self) -> Chat:
-        """The checkpoint's chat template as data."""
-        return read_chat(self.checkpoint)
-
-    def step_name(self, step: str, name: str) -> str:
-        """Name of a step in the report; says which artifact when there are several."""
-        return step if self.is_alone else f"{step}: {name}"
-
-    @contextmanager
-    def attempt(self, name: str) -> Iterator[None]:
-        """Note an error as the result of one artifact, so that the others, if any, go on."""
-        try:
-            yield
-        except PhishipError as error:
-            if self.is_alone:
-                raise
-            self.results[name] = error
-        except OSError as error:
-            if self.is_alone:
-                raise
-            self.results[name] = fileio.explain_write_error(error)
 
 
 def build(
@@ -160,13 +78,33 @@ def build_all(
         fresh = [job for job in jobs if not staged[job.name].is_resumed]
         check_free_disk(out, sum(job.plan.artifact_bytes for job in fresh))
         native = [job for job in jobs if job.plan.recipe.engine == "native"]
-        _convert(native, staged, building)
+        convert(native, staged, building)
         for job in jobs:
             if job.name not in building.results:
                 with building.attempt(job.name):
                     building.results[job.name] = _finish(job, staged[job.name], building)
             staged[job.name].discard()
     return {recipe.name: building.results[recipe.name] for recipe in recipes}
+
+
+def choose_method(
+    recipes: Sequence[Recipe], checkpoint: Checkpoint, method: Method | None,
+    equalize: bool | None, console: Console,
+) -> list[Recipe]:  # fmt: skip
+    """Have codes chosen another way; of several recipes those without codes stay as they are."""
+    decoder = read_decoder(checkpoint.config)
+    chosen = []
+    for recipe in recipes:
+        changed = recipe.with_codes(method, equalize)
+        try:
+            make_plan(changed, decoder)
+        except PlanError as error:
+            if len(recipes) == 1:
+                raise
+            console.note(f"{error}; it is built as its recipe says")
+            changed = recipe
+        chosen.append(changed)
+    return chosen
 
 
 def require_all(results: Mapping[str, Result]) -> None:
@@ -201,7 +139,19 @@ def _plan(recipe: Recipe, building: Building) -> Job:
     )  # fmt: skip
     _check_gate_memory(plan, options)
     source = Source(model=recipe.model, revision=checkpoint.revision, digest=building.digest)
-    return Job(plan, source, building.chat, building.out / recipe.name)
+    text = _read_calibration(recipe, building)
+    return Job(plan, source, building.chat, building.out / recipe.name, text)
+
+
+def _read_calibration(recipe: Recipe, building: Building) -> Text | None:
+    """The text that the recipe's codes are chosen on; None when it takes none."""
+    quantization, path = recipe.quantization, building.options.calibration
+    if not quantization.is_calibrated:
+        return None
+    return read_text(
+        building.checkpoint, building.chat, "calibration", path=path,
+        tokens=quantization.calibration_tokens, length=CALIBRATION_LENGTH,
+    )  # fmt: skip
 
 
 def _check_gate_memory(plan: Plan, options: Options) -> None:
@@ -220,7 +170,8 @@ def _is_same(job: Job, options: Options) -> bool:
         found = artifact.read_manifest(job.final)
     except ArtifactError:
         found = None
-    if found and (found.plan_digest, found.source) == (job.plan.digest, job.source):
+    made = found and (found.plan_digest, found.source, found.calibration)
+    if found and made == (job.plan.digest, job.source, job.calibration):
         if not _has_same_vendor(found, job.plan.recipe):
             difference = "another version of the vendor's tools made it"
         elif found.quality.checked or not options.check:
@@ -228,7 +179,7 @@ def _is_same(job: Job, options: Options) -> bool:
         else:
             difference = "it was sealed without its check"
     else:
-        difference = "another plan or source made it" if found else "it is not a sealed artifact"
+        difference = OTHER_MADE if found else "it is not a sealed artifact"
     if options.replace:
         return False
     raise ArtifactError(
@@ -242,49 +193,6 @@ def _has_same_vendor(found: Manifest, recipe: Recipe) -> bool:
     if recipe.engine == "native":
         return True
     return found.tools.get(LOCK_KEY) == digest_vendor(recipe.format)
-
-
-def _convert(jobs: Sequence[Job], staged: Mapping[str, Staging], building: Building) -> None:
-    """Write the data files of all jobs, their tensors side by side."""
-    if not jobs:
-        return
-    checkpoint, console = building.checkpoint, building.console
-    cpu_before_s = _cpu_seconds()
-    title = jobs[0].name if building.is_alone else f"{len(jobs)} artifacts"
-    read_bytes = sum(
-        piece.weights * checkpoint.tensors[piece.tensor].item_bytes
-        for job in jobs
-        for piece in job.plan.data.pieces
-    )
-    with building.report.step("convert") as step:
-        outputs = {}
-        for job in jobs:
-            with building.attempt(job.name):
-                outputs[job.name] = _open_output(job, staged[job.name], checkpoint)
-        if not outputs:
-            return
-        with console.progress(f"convert {title}", read_bytes) as advance:
-            errors = stream(checkpoint, [*outputs.values()], jobs[0].plan.workers, advance)
-        spent_s = _cpu_seconds() - cpu_before_s
-        step.measured = f"{format_bytes(read_bytes)} read, {spent_s:.1f} s of CPU"
-        if any(staged[name].is_resumed for name in outputs):
-            step.measured += ", less what a killed build had finished"
-    for index, error in errors.items():
-        name = list(outputs)[index]
-        with building.attempt(name), building.report.step(f"convert: {name}"):
-            raise error
-
-
-def _open_output(job: Job, staging: Staging, checkpoint: Checkpoint) -> Output:
-    """The data file with its header written, at its full size."""
-    plan = job.plan
-    module = formats.get(plan.recipe.format)
-    header = module.header_bytes(plan.recipe, plan.decoder, checkpoint)
-    path = staging.folder / plan.data.name
-    if not staging.is_resumed:
-        fileio.reserve(path, len(header) + plan.data.size_bytes)
-    fileio.write_start(path, header)
-    return Output(plan.data, path, len(header), staging.done, staging.record)
 
 
 def _finish(job: Job, staging: Staging, building: Building) -> Path:
@@ -354,6 +262,7 @@ def _describe(job: Job, made: Made, quality: Quality) -> Manifest:
         quality=quality,
         files=(),
         notes=needs.notes + made.notes,
+        calibration=job.calibration,
     )
 
 
@@ -368,11 +277,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 def raise_on_sigterm() -> None:

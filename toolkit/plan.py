@@ -13,6 +13,7 @@ from toolkit.console import format_bytes
 from toolkit.decoder import Decoder
 from toolkit.errors import PhishipError, PlanError
 from toolkit.formats import RuntimeNeeds
+from toolkit.quantize.grids import MOST_BITS, GridEncoder
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 from toolkit.target import Target
@@ -24,6 +25,8 @@ TOKENIZER_BYTES = 2_400_000  # Phi-3's files, where there is no checkpoint to lo
 RUNNER_BYTES = 1_000_000
 MOST_WORKERS = 8
 SHOWN_RECIPES = 5
+FLOAT_BYTES = 4
+FACTORS = 6  # a matrix's gram, its factors and the copies on the way, together with some rows
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Plan:
     @property
     def build_memory_bytes(self) -> int:
         """Resident memory of the conversion; the gate then loads the artifact."""
+        if self.recipe.quantization.is_calibrated:
+            tokens = self.recipe.quantization.calibration_tokens
+            return PROCESS_BYTES + _calibration_bytes(self.decoder, tokens)
         return PROCESS_BYTES + self.workers * WORKER_BYTES
 
     @property
@@ -70,14 +76,17 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Hex sha256 over all that changes bytes: settings, architecture, context, version."""
+        """Hex sha256 over all that changes bytes: settings, architecture, context, version.
+
+        In the order of the settings: of two overrides that match one matrix the last counts.
+        """
         content = {
             "phiship": __version__,
             "settings": self.recipe.settings(),
             "decoder": asdict(self.decoder),
             "context_length": self.context_length,
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def make_plan(
@@ -98,15 +107,55 @@ def make_plan(
         )
     module = formats.get(recipe.format)
     module.check_shape(recipe, decoder)
-    return Plan(
+    data = module.lay_out(recipe, decoder, context)
+    _check_codes(recipe, data)
+    plan = Plan(
         recipe=recipe,
         decoder=decoder,
         context_length=context,
-        data=module.lay_out(recipe, decoder, context),
+        data=data,
         needs=module.needs(recipe, decoder, context),
         workers=_limit_workers(workers, memory_bytes),
         rest_bytes=module.rest_bytes(tokenizer_bytes),
     )
+    if memory_bytes is not None and plan.build_memory_bytes > memory_bytes:
+        raise PlanError(
+            f"--memory {format_bytes(memory_bytes)}: choosing codes on a text of "
+            f"{recipe.quantization.calibration_tokens} tokens takes "
+            f"{format_bytes(plan.build_memory_bytes)}",
+            advice="give more, or set quantization.calibration_tokens lower",
+        )
+    return plan
+
+
+def _calibration_bytes(decoder: Decoder, tokens: int) -> int:
+    """Arrays that `calibrate` holds at once: of the widest layer, or of its widest matrix.
+
+    Measured at full size: docs/calibration.md.
+    """
+    columns = (
+        decoder.hidden, decoder.heads * decoder.head_dim, decoder.hidden, decoder.intermediate,
+    )  # fmt: skip
+    grams = sum(count * count for count in columns)
+    gate = tokens * (3 * decoder.hidden + 4 * decoder.intermediate)
+    factors = tokens * decoder.hidden + FACTORS * max(columns) ** 2
+    return FLOAT_BYTES * (grams + max(gate, factors))
+
+
+def _check_codes(recipe: Recipe, data: DataFile) -> None:
+    """PlanError when codes are to be chosen on a text, and there are none, or others choose."""
+    if not recipe.quantization.is_calibrated:
+        return
+    asked = "equalize: true" if recipe.quantization.method == "rtn" else "method: gptq"
+    where = f"{recipe.name}: quantization.{asked}"
+    if recipe.engine != "native":
+        raise PlanError(f"{where}: the vendor's engine chooses its own codes; use engine: native")
+    coded = [piece.encoder for piece in data.pieces if isinstance(piece.encoder, GridEncoder)]
+    if not any(encoder.bits <= MOST_BITS for encoder in coded):
+        raise PlanError(
+            f"{where}: its weights have no codes of {MOST_BITS} bits or fewer",
+            advice="leave it out: rounded to the nearest they lose nothing that shows",
+        )
 
 
 def measure_tokenizer(checkpoint: Checkpoint) -> int:

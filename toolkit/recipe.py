@@ -7,6 +7,7 @@ import msgspec
 from toolkit.artifact import Limits, Smoke
 
 Engine = Literal["native", "vendor"]
+Method = Literal["rtn", "gptq"]
 BESIDE_THE_BYTES = ("name", "title", "first_choice", "check", "smoke")
 
 
@@ -19,7 +20,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     the length of the text for both, in tokens.
     """
 
-    method: Literal["rtn", "gptq"] = "rtn"
+    method: Method = "rtn"
     equalize: bool = False
     calibration_tokens: int = 8192
 
@@ -41,6 +42,7 @@ class Recipe(
     name: str = ""
     model: str
     title: str
+    quantization: Quantization
     engine: Engine = "native"
     first_choice: bool = False
     context_length: int | None = None
@@ -55,6 +57,19 @@ class Recipe(
     def with_engine(self, engine: Engine) -> "Recipe":
         """The same recipe, made by another engine."""
         return msgspec.structs.replace(self, engine=engine)
+
+    def with_codes(self, method: Method | None, equalize: bool | None) -> "Recipe":
+        """The same recipe with codes chosen another way, which its name then says; None keeps."""
+        old = self.quantization
+        new = msgspec.structs.replace(
+            old,
+            method=method or old.method,
+            equalize=old.equalize if equalize is None else equalize,
+        )
+        if new == old:
+            return self
+        words = [self.name, new.method, *(["equalized"] if new.equalize else [])]
+        return msgspec.structs.replace(self, quantization=new, name="-".join(words))
 
     def settings(self) -> dict[str, Any]:
         """The fields that change the artifact's bytes, defaults filled in."""

@@ -7,13 +7,14 @@ from pathlib import Path
 import msgspec
 
 from toolkit import catalog
-from toolkit.build import Options, build
+from toolkit.build import build
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
 from toolkit.deploy import Push, deploy
 from toolkit.device import Device, Facts, resolve_device
 from toolkit.errors import PhishipError, PlanError
 from toolkit.families import read_decoder
+from toolkit.job import Options
 from toolkit.plan import Plan, find_problem, make_plan
 from toolkit.preflight import describe_target, list_ways
 from toolkit.recipe import Recipe

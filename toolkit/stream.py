@@ -115,7 +115,7 @@ def stream(
     _keep_freed_memory()
     for output in outputs:
         _write_constants(output)
-    work = _Work(outputs, advance, iter(_list_tasks(checkpoint, outputs)))
+    work = _Work(outputs, advance, iter(_order_tasks(checkpoint, outputs)))
     with ThreadPoolExecutor(max(1, workers)) as pool, work:
         pending = {pool.submit(_serve, checkpoint.folder, work) for _ in range(max(1, workers))}
         while pending:
@@ -146,16 +146,21 @@ class Task:
     piece: Piece
 
 
-def _list_tasks(checkpoint: Checkpoint, outputs: Sequence[Output]) -> list[Task]:
+def _order_tasks(checkpoint: Checkpoint, outputs: Sequence[Output]) -> list[Task]:
     """Everything still to do, in the order in which the checkpoint's files hold it."""
     places = {name: (info.file, info.offset) for name, info in checkpoint.tensors.items()}
     tasks = [
         Task(index, number, piece)
         for index, output in enumerate(outputs)
-        for number, piece in enumerate(_split(output.data.pieces, output.base))
+        for number, piece in list_tasks(output)
         if number not in output.done
     ]
     return sorted(tasks, key=lambda task: (places[task.piece.tensor], task.piece.start))
+
+
+def list_tasks(output: Output) -> Iterator[tuple[int, Piece]]:
+    """Every task of an output by its number, done or not: parts of pieces, offsets in the file."""
+    return enumerate(_split(output.data.pieces, output.base))
 
 
 def _split(pieces: Sequence[Piece], base: int) -> Iterator[Piece]:

@@ -34,7 +34,7 @@ class Rule(IntEnum):
     DIVIDE_ADD_ROUND = 2  # rint(weight / first + second)
 
 
-class Grid(IntEnum):
+class Fit(IntEnum):
     """Step and origin of a group, from its range; codes are rint((weight - origin) / step)."""
 
     MLX = 0  # mlx.py
@@ -114,7 +114,7 @@ def quantize_groups(
     size: int,
     codes: Codes,
     bits: int,
-    grid: Grid,
+    fit: Fit,
     layout: Layout,
     steps: NDArray[Any],
     origins: NDArray[Any] | None,
@@ -126,7 +126,7 @@ def quantize_groups(
     """
     library = load_library()
     assert library, "not compiled"
-    settings = (raw.size // size, size, bits, grid, layout, DTYPES[steps.dtype])
+    settings = (raw.size // size, size, bits, fit, layout, DTYPES[steps.dtype])
     second = None if origins is None else origins.ctypes.data
     pointers = (steps.ctypes.data, second, codes.ctypes.data)
     found = library.phiship_quantize(raw.ctypes.data, DTYPES[raw.dtype], *settings, *pointers)
@@ -191,6 +191,10 @@ def load_library() -> ctypes.CDLL | None:
     library.phiship_quantize.restype = number
     library.phiship_narrow.argtypes = [pointer, count, number, pointer]
     library.phiship_narrow.restype = None
+    place: list[Any] = [count, count, count, *[pointer] * 5]
+    grid: list[Any] = [count, *[pointer] * 4]
+    library.phiship_feedback.argtypes = [*place, *grid, number, pointer, pointer]
+    library.phiship_feedback.restype = None
     return library
 
 

@@ -31,18 +31,24 @@ def quantize(
     the weights pass through float16 first, as the vendor's fp16 path has them. ValueError when a
     weight is not finite.
     """
-    through_half = scales.dtype == np.float16
-    low, high = find_ranges(raw, block_size, through_half=through_half)
+    offsets = fit(raw, bits, block_size, scales, zero_points)
+    rule, through_half = Rule.MULTIPLY_ADD_TRUNCATE, scales.dtype == np.float16
+    reciprocals = invert(scales)
+    encode(raw, block_size, codes, bits, rule, reciprocals, offsets, through_half=through_half)
+
+
+def fit(
+    raw: NDArray[Any], bits: int, block_size: int, scales: NDArray[Any], zero_points: Codes | None
+) -> Floats:
+    """Fill scales and zero points as in `quantize`; returns each block's zero point + 0.5."""
+    low, high = find_ranges(raw, block_size, through_half=scales.dtype == np.float16)
     if zero_points is None:
         middle = 1 << (bits - 1)
         scales[:] = scale_extremes(low, high, 1 / middle)
-        offsets = np.full_like(low, middle + 0.5)
-    else:
-        zero_points[:] = _place_zero(low, high, (1 << bits) - 1, scales)
-        offsets = zero_points + np.float32(0.5)
-    rule = Rule.MULTIPLY_ADD_TRUNCATE
-    reciprocals = invert(scales)
-    encode(raw, block_size, codes, bits, rule, reciprocals, offsets, through_half=through_half)
+        return np.full_like(low, middle + 0.5)
+    zero_points[:] = _place_zero(low, high, (1 << bits) - 1, scales)
+    offsets: Floats = zero_points + np.float32(0.5)
+    return offsets
 
 
 def invert(scales: NDArray[Any]) -> Floats:

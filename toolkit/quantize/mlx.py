@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from toolkit.quantize import kernels
 from toolkit.quantize.kernels import (
     Codes,
+    Fit,
     Floats,
-    Grid,
     Layout,
     Rule,
     encode,
@@ -25,6 +25,7 @@ from toolkit.quantize.kernels import (
 )
 
 LEAST_STEP = np.float32(1e-7)
+TOO_FAR_APART = "a group's weights lie too far apart for a float32 scale"
 
 
 def quantize(
@@ -42,30 +43,25 @@ def quantize(
     ValueError when a weight is not finite, or a group's range is not.
     """
     if kernels.load_library():
-        grid, layout = Grid.MLX, Layout.STREAM
-        fits = quantize_groups(raw, group_size, codes, bits, grid, layout, scales, biases)
-    else:
-        fits = _quantize(raw, bits, group_size, codes, scales, biases)
-    if not fits:
-        raise ValueError("a group's weights lie too far apart for a float32 scale")
+        rule, layout = Fit.MLX, Layout.STREAM
+        if not quantize_groups(raw, group_size, codes, bits, rule, layout, scales, biases):
+            raise ValueError(TOO_FAR_APART)
+        return
+    steps, origins = fit(raw, bits, group_size, scales, biases)
+    encode(raw, group_size, codes, bits, Rule.SUBTRACT_DIVIDE_ROUND, origins, steps)
 
 
-def _quantize(
-    raw: NDArray[Any],
-    bits: int,
-    group_size: int,
-    codes: Codes,
-    scales: NDArray[Any],
-    biases: NDArray[Any],
-) -> bool:
-    """The same where there is no compiled kernel; False when a step is not finite."""
+def fit(
+    raw: NDArray[Any], bits: int, group_size: int, scales: NDArray[Any], biases: NDArray[Any]
+) -> tuple[Floats, Floats]:
+    """Fill scales and biases as in `quantize`; returns both before they are rounded."""
     low, high = find_ranges(raw, group_size)
     steps, origins = _find_grid(low, high, (1 << bits) - 1)
+    if not np.isfinite(steps).all():
+        raise ValueError(TOO_FAR_APART)
     narrow(steps, scales)
     narrow(origins, biases)
-    if fits := bool(np.isfinite(steps).all()):
-        encode(raw, group_size, codes, bits, Rule.SUBTRACT_DIVIDE_ROUND, origins, steps)
-    return fits
+    return steps, origins
 
 
 def _find_grid(low: Floats, high: Floats, top: int) -> tuple[Floats, Floats]:

@@ -19,8 +19,8 @@ from toolkit.quantize import kernels
 from toolkit.quantize.extremes import scale_extremes
 from toolkit.quantize.kernels import (
     Codes,
+    Fit,
     Floats,
-    Grid,
     Layout,
     Rule,
     encode,
@@ -45,14 +45,20 @@ def quantize_symmetric(
     # Codes are rint((weight + 8 * scale) / scale), for weight / scale + 8, with one rounding less:
     # the sum is exact for bf16 and float16 wherever it decides a code.
     if kernels.load_library():
-        if not quantize_groups(raw, size, codes, 4, Grid.NNCF, Layout.SIGNED, scales, None):
+        if not quantize_groups(raw, size, codes, 4, Fit.NNCF, Layout.SIGNED, scales, None):
             raise ValueError(TOO_LARGE)
         return
+    exact = fit_symmetric(raw, size, scales)
+    rule, origins = Rule.SUBTRACT_DIVIDE_ROUND, exact * np.float32(-8)
+    encode(raw, size, codes, 4, rule, origins, exact, layout=Layout.SIGNED)
+
+
+def fit_symmetric(raw: NDArray[Any], size: int, scales: NDArray[np.float16]) -> Floats:
+    """Fill scales as in `quantize_symmetric`; returns them before they are rounded."""
     low, high = find_ranges(raw, size)
     exact = _at_least(scale_extremes(low, high, 1 / 8))
     _store(exact, scales)
-    rule, origins = Rule.SUBTRACT_DIVIDE_ROUND, exact * np.float32(-8)
-    encode(raw, size, codes, 4, rule, origins, exact, layout=Layout.SIGNED)
+    return exact
 
 
 def quantize_asymmetric(
@@ -60,15 +66,22 @@ def quantize_asymmetric(
     zero_points: Codes,
 ) -> None:  # fmt: skip
     """As quantize_symmetric, in `bits` 4 or 8; zero_points [groups], one a byte."""
+    exact = fit_asymmetric(raw, bits, size, scales, zero_points)
+    encode(raw, size, codes, bits, Rule.DIVIDE_ADD_ROUND, exact, zero_points.astype(np.float32))
+
+
+def fit_asymmetric(
+    raw: NDArray[Any], bits: int, size: int, scales: NDArray[np.float16], zero_points: Codes
+) -> Floats:
+    """Fill scales and zero points; returns the scales before they are rounded."""
     low, high = find_ranges(raw, size)
     low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
     top = (1 << bits) - 1
     with np.errstate(over="ignore"):
         exact = _at_least((high - low) / np.float32(top))
     _store(exact, scales)
-    points = np.clip(-np.rint(low / exact), 0, top)
-    zero_points[:] = points
-    encode(raw, size, codes, bits, Rule.DIVIDE_ADD_ROUND, exact, points)
+    zero_points[:] = np.clip(-np.rint(low / exact), 0, top)
+    return exact
 
 
 def _at_least(scales: Floats) -> Floats:

@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import to_float32
-from toolkit.formats.gguf import q4_0
+from toolkit.formats.gguf import blocks, q4_0
 from toolkit.formats.gguf.ggml import load_library
 from toolkit.formats.gguf.mix import GgmlType
-from toolkit.quantize.kernels import narrow
+from toolkit.quantize.grids import Grid
+from toolkit.quantize.kernels import Codes, Floats, narrow
 from toolkit.stream import write_rows
 
 # A kernel call takes about this many weights, so that they stay in a core's L2 as float32.
@@ -55,7 +56,9 @@ class GgmlEncoder:
                 self._encode(part, encoded[first : first + step])
         write_rows(descriptor, encoded, row, offsets[0])
 
-    def _encode(self, raw: NDArray[Any], encoded: NDArray[np.uint8]) -> None:
+    def _encode(
+        self, raw: NDArray[Any], encoded: NDArray[np.uint8], importance: Floats | None = None
+    ) -> None:
         if self.kind == GgmlType.BF16 and raw.dtype == np.uint16:
             encoded[:] = raw.view(np.uint8)
         elif self.kind == GgmlType.F16:
@@ -63,7 +66,8 @@ class GgmlEncoder:
         else:
             wide = to_float32(raw)
             source, target = wide.ctypes.data, encoded.ctypes.data
-            load_library().ggml_quantize_chunk(self.kind, source, target, 0, *wide.shape, None)
+            weighted = None if importance is None else importance.ctypes.data
+            load_library().ggml_quantize_chunk(self.kind, source, target, 0, *wide.shape, weighted)
 
     def _require_range(self, raw: NDArray[Any], row: int) -> None:
         """ggml looks neither at its input nor at the scales it makes."""
@@ -77,3 +81,36 @@ class GgmlEncoder:
         if magnitudes[bad_row, column] >= known.infinity:
             raise ValueError(f"non-finite weight (NaN or Inf) {where}")
         raise ValueError(f"weight too large for {self.kind.name} (65504 at most) {where}")
+
+
+@dataclass(frozen=True)
+class GridBlocks(GgmlEncoder):
+    """A type whose codes others may choose; the rest of a block stays ggml's choice."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return blocks.BLOCKS[self.kind].bits
+
+    @property
+    def size(self) -> int:
+        """Weights that share a step and an origin."""
+        return blocks.BLOCKS[self.kind].size
+
+    def fit(self, weights: Floats, importance: Floats | None = None) -> Grid:
+        """The grid of ggml's own kernel, which weighs columns by `importance` as by an imatrix."""
+        encoded = np.empty((len(weights), self.kind.row_bytes(weights.shape[1])), np.uint8)
+        self._require_range(weights, 0)
+        self._encode(weights, encoded, importance)
+        return blocks.read_grid(self.kind, encoded)
+
+    def write_codes(
+        self, descriptor: int, codes: Codes, grid: Grid, row: int, offsets: tuple[int, ...]
+    ) -> None:
+        """Write ggml's blocks with other codes, one a byte."""
+        write_rows(descriptor, blocks.put_codes(self.kind, grid.stored[0], codes), row, offsets[0])
+
+
+def choose_encoder(kind: GgmlType) -> GgmlEncoder:
+    """The encoder of a type."""
+    return GridBlocks(kind) if kind in blocks.BLOCKS else GgmlEncoder(kind)

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint import to_float32
 from toolkit.quantize import mlx
-from toolkit.quantize.kernels import narrow
+from toolkit.quantize.grids import Grid
+from toolkit.quantize.kernels import Codes, Floats, narrow, pack
 from toolkit.stream import write_rows
 
 # A recipe's dtype as NumPy holds it; bf16 as its bits.
@@ -21,10 +22,10 @@ STORED: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class Groups:
-    """Codes of `bits`, and per `group_size` inputs a scale and a bias in `dtype`."""
+    """Codes of `bits`, and per `size` inputs a scale and a bias in `dtype`."""
 
     bits: int
-    group_size: int
+    size: int
     dtype: str
 
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
@@ -32,11 +33,30 @@ class Groups:
         rows, columns = raw.shape
         weights = _convert(raw, self.dtype)
         codes = np.empty((rows, columns * self.bits // 8), np.uint8)
-        scales, biases = np.empty((2, rows, columns // self.group_size), weights.dtype)
+        scales, biases = self._reserve(rows, columns)
         flat = [array.reshape(-1) for array in (weights, codes, scales, biases)]
-        mlx.quantize(flat[0], self.bits, self.group_size, *flat[1:])
+        mlx.quantize(flat[0], self.bits, self.size, *flat[1:])
         for array, offset in zip((codes, scales, biases), offsets, strict=True):
             write_rows(descriptor, array, row, offset)
+
+    def fit(self, weights: Floats, importance: Floats | None = None) -> Grid:
+        """The grid that `write` takes; it looks at weights only."""
+        del importance
+        scales, biases = self._reserve(*weights.shape)
+        mlx.fit(weights, self.bits, self.size, scales.reshape(-1), biases.reshape(-1))
+        return Grid(to_float32(scales), to_float32(biases), (scales, biases))
+
+    def write_codes(
+        self, descriptor: int, codes: Codes, grid: Grid, row: int, offsets: tuple[int, ...]
+    ) -> None:
+        """Write codes, one a byte, and the grid's scales and biases."""
+        packed = pack(codes, self.bits).reshape(len(codes), -1)
+        for array, offset in zip((packed, *grid.stored), offsets, strict=True):
+            write_rows(descriptor, array, row, offset)
+
+    def _reserve(self, rows: int, columns: int) -> NDArray[Any]:
+        """Room for scales and biases: [2, rows, groups]."""
+        return np.empty((2, rows, columns // self.size), STORED[self.dtype])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from toolkit import fileio
 from toolkit.checkpoint import to_float32
 from toolkit.quantize import mlas
+from toolkit.quantize.grids import Grid
+from toolkit.quantize.kernels import Codes, Floats, pack
 from toolkit.stream import write_rows
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
@@ -23,15 +25,49 @@ class Blocks:
     symmetric: bool
     scale_dtype: str
 
+    @property
+    def size(self) -> int:
+        """Weights that share a scale."""
+        return self.block_size
+
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
         """Quantize rows; `offsets` are those of codes, scales and, if any, zero points."""
         rows, columns = raw.shape
-        blocks = columns // self.block_size
         codes = np.empty((rows, columns * self.bits // 8), np.uint8)
-        scales = np.empty((rows, blocks), self.scale_dtype)
-        points = None if self.symmetric else np.empty((rows, blocks), np.uint8)
+        scales, points = self._reserve(rows, columns)
         flat = None if points is None else points.reshape(-1)
         mlas.quantize(raw, self.bits, self.block_size, codes.reshape(-1), scales.reshape(-1), flat)
+        self._write(descriptor, codes, scales, points, row, offsets)
+
+    def fit(self, weights: Floats, importance: Floats | None = None) -> Grid:
+        """The grid that `write` takes; it looks at weights only."""
+        del importance
+        scales, points = self._reserve(*weights.shape)
+        flat = None if points is None else points.reshape(-1)
+        mlas.fit(weights, self.bits, self.block_size, scales.reshape(-1), flat)
+        steps = scales.astype(np.float32)
+        middle = np.float32(1 << (self.bits - 1)) if points is None else points
+        stored = (scales,) if points is None else (scales, points)
+        return Grid(steps, -steps * middle, stored)
+
+    def write_codes(
+        self, descriptor: int, codes: Codes, grid: Grid, row: int, offsets: tuple[int, ...]
+    ) -> None:
+        """Write codes, one a byte, and the grid's scales and zero points."""
+        scales, *points = grid.stored
+        packed = pack(codes, self.bits).reshape(len(codes), -1)
+        self._write(descriptor, packed, scales, points[0] if points else None, row, offsets)
+
+    def _reserve(self, rows: int, columns: int) -> tuple[NDArray[Any], Codes | None]:
+        """Room for scales and, when asymmetric, zero points: [rows, blocks]."""
+        blocks = columns // self.block_size
+        points = None if self.symmetric else np.empty((rows, blocks), np.uint8)
+        return np.empty((rows, blocks), self.scale_dtype), points
+
+    def _write(
+        self, descriptor: int, codes: Codes, scales: NDArray[Any], points: Codes | None, row: int,
+        offsets: tuple[int, ...],
+    ) -> None:  # fmt: skip
         write_rows(descriptor, codes, row, offsets[0])
         write_rows(descriptor, scales, row, offsets[1])
         if points is not None:

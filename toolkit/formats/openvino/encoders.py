@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint import to_float32
 from toolkit.quantize import kernels, nncf
+from toolkit.quantize.grids import Grid
+from toolkit.quantize.kernels import Codes, Floats
 from toolkit.stream import write_rows
 
 DTYPES: dict[str, type[np.generic]] = {
@@ -26,6 +28,11 @@ class Symmetric:
 
     size: int
 
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 4
+
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
         """Quantize rows; `offsets` are those of codes and scales."""
         rows, columns = raw.shape
@@ -34,6 +41,22 @@ class Symmetric:
         nncf.quantize_symmetric(raw, self.size, codes.reshape(-1), scales.reshape(-1))
         write_rows(descriptor, codes, row, offsets[0])
         write_rows(descriptor, scales, row, offsets[1])
+
+    def fit(self, weights: Floats, importance: Floats | None = None) -> Grid:
+        """The grid that `write` takes; it looks at weights only."""
+        del importance
+        scales = np.empty((len(weights), weights.shape[1] // self.size), np.float16)
+        nncf.fit_symmetric(weights, self.size, scales.reshape(-1))
+        steps = scales.astype(np.float32)
+        return Grid(steps, steps * np.float32(-8), (scales,))
+
+    def write_codes(
+        self, descriptor: int, codes: Codes, grid: Grid, row: int, offsets: tuple[int, ...]
+    ) -> None:
+        """Write codes, one a byte, and the grid's scales."""
+        packed = kernels.pack(codes, 4, kernels.Layout.SIGNED).reshape(len(codes), -1)
+        write_rows(descriptor, packed, row, offsets[0])
+        write_rows(descriptor, grid.stored[0], row, offsets[1])
 
 
 @dataclass(frozen=True)
@@ -49,12 +72,34 @@ class Asymmetric:
         rows, columns = raw.shape
         groups = columns // self.size
         codes = np.empty((rows, columns * self.bits // 8), np.uint8)
-        scales = np.empty((rows, groups), np.float16)
-        points = np.empty((rows, groups), np.uint8)
+        scales, points = np.empty((rows, groups), np.float16), np.empty((rows, groups), np.uint8)
         nncf.quantize_asymmetric(
             raw, self.bits, self.size, codes.reshape(-1), scales.reshape(-1), points.reshape(-1)
         )
-        packed = kernels.pack(points, self.point_bits).reshape(rows, -1)
+        self._write(descriptor, (codes, scales, points), row, offsets)
+
+    def fit(self, weights: Floats, importance: Floats | None = None) -> Grid:
+        """The grid that `write` takes; it looks at weights only."""
+        del importance
+        shape = len(weights), weights.shape[1] // self.size
+        scales, points = np.empty(shape, np.float16), np.empty(shape, np.uint8)
+        nncf.fit_asymmetric(weights, self.bits, self.size, scales.reshape(-1), points.reshape(-1))
+        steps = scales.astype(np.float32)
+        return Grid(steps, -steps * points, (scales, points))
+
+    def write_codes(
+        self, descriptor: int, codes: Codes, grid: Grid, row: int, offsets: tuple[int, ...]
+    ) -> None:
+        """Write codes, one a byte, and the grid's scales and zero points."""
+        packed = kernels.pack(codes, self.bits).reshape(len(codes), -1)
+        self._write(descriptor, (packed, *grid.stored), row, offsets)
+
+    def _write(
+        self, descriptor: int, arrays: tuple[NDArray[Any], ...], row: int, offsets: tuple[int, ...]
+    ) -> None:
+        """Write codes, scales and zero points, these one a byte until now."""
+        codes, scales, points = arrays
+        packed = kernels.pack(points, self.point_bits).reshape(len(points), -1)
         for array, offset in zip((codes, scales, packed), offsets, strict=True):
             write_rows(descriptor, array, row, offset)
 

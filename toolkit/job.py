@@ -1,0 +1,112 @@
+"""What a build is asked for and what its steps share: options, jobs, results."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from toolkit import fileio
+from toolkit.artifact import Calibration, Chat, Source
+from toolkit.checkpoint import Checkpoint
+from toolkit.console import Console
+from toolkit.decoder import Decoder
+from toolkit.errors import PhishipError
+from toolkit.families import read_decoder
+from toolkit.plan import Plan
+from toolkit.quality.chat import read_chat
+from toolkit.quality.texts import Text
+from toolkit.report import Report
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to build; what changes the artifact's bytes are `context_length` and `calibration`."""
+
+    context_length: int | None = None
+    workers: int | None = None
+    memory_bytes: int | None = None
+    check: bool = True
+    replace: bool = False
+    force_memory: bool = False
+    calibration: Path | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to be made of the checkpoint."""
+
+    plan: Plan
+    source: Source
+    chat: Chat
+    final: Path
+    text: Text | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of recipe and artifact."""
+        return self.plan.recipe.name
+
+    @property
+    def key(self) -> str:
+        """What a killed build must have been making for its work to be gone on with."""
+        text = self.text.digest if self.text else "no calibration"
+        return f"{self.plan.digest} {self.source.digest} {text}"
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration text as the manifest names it."""
+        if self.text is None:
+            return None
+        return Calibration(text=self.text.name, digest=self.text.digest, tokens=self.text.count)
+
+
+Result = Path | PhishipError
+
+
+@dataclass(frozen=True)
+class Building:
+    """What all steps of a build share; `results` has each artifact's path, or its error."""
+
+    checkpoint: Checkpoint
+    out: Path
+    options: Options
+    console: Console
+    report: Report
+    is_alone: bool
+    results: dict[str, Result] = field(default_factory=dict)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The architecture, once compared with the checkpoint's tensors."""
+        decoder = read_decoder(self.checkpoint.config)
+        self.checkpoint.check(decoder)
+        return decoder
+
+    @cached_property
+    def digest(self) -> str:
+        """The checkpoint's fingerprint."""
+        return self.checkpoint.fingerprint()
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The checkpoint's chat template as data."""
+        return read_chat(self.checkpoint)
+
+    def step_name(self, step: str, name: str) -> str:
+        """Name of a step in the report; says which artifact when there are several."""
+        return step if self.is_alone else f"{step}: {name}"
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Note an error as the result of one artifact, so that the others, if any, go on."""
+        try:
+            yield
+        except PhishipError as error:
+            if self.is_alone:
+                raise
+            self.results[name] = error
+        except OSError as error:
+            if self.is_alone:
+                raise
+            self.results[name] = fileio.explain_write_error(error)
