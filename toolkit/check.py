@@ -1,5 +1,7 @@
 """Check: an artifact against its source, in its own runtime."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -8,20 +10,73 @@ from toolkit import __version__, artifact, catalog, formats
 from toolkit.artifact import Chat, Manifest, Quality
 from toolkit.checkpoint import LOCAL_REVISION, Checkpoint
 from toolkit.console import Console, format_bytes
-from toolkit.errors import ArtifactError, CheckpointError
+from toolkit.decoder import Decoder
+from toolkit.errors import ArtifactError, CheckpointError, GateError, PlanError, SettingsError
 from toolkit.families import read_decoder
+from toolkit.formats import Session
 from toolkit.plan import Plan, make_plan
+from toolkit.quality import agreement, comparing
+from toolkit.quality.details import Range, make_details, write_details
 from toolkit.quality.gate import FailedGateError, run_gate
+from toolkit.quality.measures import Comparison
+from toolkit.quality.showing import show_measures, show_ranges
+from toolkit.quality.texts import LEAST_TOKENS, Text, read_text
+from toolkit.quality.tokens import read_tokenizer, split_text
 from toolkit.recipe import Recipe
 from toolkit.report import Report, Step
 from toolkit.source import open_source
 
+DEFAULT_TOKENS = 2048
+DEFAULT_LENGTH = 512
+UNTOUCHED = "its folder is as it was; the limits are those of the recipe that made it"
 
-def check_artifact(
-    folder: Path, reference: str | None, console: Console, report: Report
-) -> Quality:
-    """Verify a sealed artifact's files and run the gate on it; GateError when it fails."""
+
+@dataclass(frozen=True)
+class Asked:
+    """What to compare on: a text (None: Python's manual), its tokens, how long a sequence is.
+
+    `details` is a file to write everything to.
+    """
+
+    text: Path | None = None
+    tokens: int = DEFAULT_TOKENS
+    length: int | None = None
+    details: Path | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A sealed artifact whose files are whole, the checkpoint it was made of, a text for both."""
+
+    folder: Path
+    manifest: Manifest
+    plan: Plan
+    checkpoint: Checkpoint
+    text: Text
+    console: Console
+
+    @property
+    def source_decoder(self) -> Decoder:
+        """The source as the artifact's runtime can be."""
+        return _source_decoder(self.plan)
+
+    def read_source(self, sequences: comparing.Sequences, decoder: Decoder) -> comparing.Source:
+        """Have the checkpoint read sequences, as such an architecture."""
+        return comparing.read_source(self.checkpoint, decoder, sequences, self.console)
+
+    @property
+    def manifest_digest(self) -> str:
+        """Hex sha256 of manifest.json: which build this is."""
+        return artifact.hash_file(self.folder / artifact.MANIFEST)
+
+
+def open_artifact(
+    folder: Path, reference: str | None, console: Console, report: Report, asked: Asked
+) -> Opened:
+    """Verify a sealed artifact's files, and open its source and the text that is asked for."""
     manifest = artifact.read_manifest(folder)
+    if asked.details and not asked.details.absolute().parent.is_dir():
+        raise SettingsError(f"--details {asked.details}: its folder is not there")
     with report.step("files") as step:
         with console.progress("verify", manifest.size_bytes) as advance:
             artifact.verify_files(folder, manifest.files, advance)
@@ -37,9 +92,147 @@ def check_artifact(
                 f"(its digest is not {manifest.source.digest[:12]}...)"
             )
         step.measured = str(checkpoint.folder)
-    with report.step("gate") as step:
-        plan = make_plan(recipe, decoder, context_length=manifest.context_length)
-        return run_checks(folder, plan, checkpoint, manifest.chat, True, console, step)
+    plan = make_plan(recipe, decoder, context_length=manifest.context_length)
+    with report.step("text") as step:
+        text = _read_text(manifest, checkpoint, asked)
+        step.measured = f"{text.name}: {len(text.sequences)} x {text.length} tokens"
+        console.event("text", name=text.name, digest=text.digest, tokens=text.count)
+    return Opened(folder, manifest, plan, checkpoint, text, console)
+
+
+def check_artifact(
+    folder: Path, reference: str | None, console: Console, report: Report,
+    asked: Asked = Asked(),
+) -> Quality:  # fmt: skip
+    """Verify a sealed artifact's files and measure it on a text; GateError when it fails."""
+    opened = open_artifact(folder, reference, console, report, asked)
+    session = formats.get(opened.plan.recipe.format).open_session(folder)
+    try:
+        return _measure(_Reading(opened, session), report, asked.details)
+    finally:
+        session.close()
+
+
+def _read_text(manifest: Manifest, checkpoint: Checkpoint, asked: Asked) -> Text:
+    """The text in sequences that the artifact can take; PlanError when it cannot."""
+    # Runtimes want room for the token that would follow.
+    most = manifest.context_length - 1
+    if asked.length is not None and not LEAST_TOKENS <= asked.length <= most:
+        raise PlanError(
+            f"--length: got {asked.length}; {manifest.name} has a context of "
+            f"{manifest.context_length} tokens: allowed {LEAST_TOKENS} to {most}"
+        )
+    length = asked.length or min(DEFAULT_LENGTH, most, manifest.valid_context[1])
+    return read_text(
+        checkpoint, manifest.chat, "evaluation", path=asked.text, tokens=asked.tokens,
+        length=length,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """An artifact in its runtime and its source, on one text; each length is read once."""
+
+    opened: Opened
+    session: Session
+    known: dict[int, Comparison] = field(default_factory=dict)
+
+    def compare(self) -> Comparison:
+        """Compare whole sequences, as far as the manifest says that they agree."""
+        decoder = self.opened.source_decoder
+        self.known[self.opened.text.length] = self._compare(decoder, self.opened.text.sequences)
+        return self.found
+
+    @property
+    def found(self) -> Comparison:
+        """What `compare` found."""
+        found, last = self.known[self.opened.text.length], self.opened.manifest.valid_context[1]
+        if self.opened.text.length <= last:
+            return found
+        return agreement.select_positions(found, self.opened.text.length, 0, last)
+
+    def compare_cut(self, length: int) -> Comparison:
+        """Compare sequences cut at so many tokens."""
+        if length not in self.known:
+            cut = [ids[:length] for ids in self.opened.text.sequences]
+            self.known[length] = self._compare(self.opened.plan.decoder, cut)
+        return self.known[length]
+
+    def _compare(self, decoder: Decoder, sequences: comparing.Sequences) -> Comparison:
+        source = comparing.read_source(
+            self.opened.checkpoint, decoder, sequences, self.opened.console
+        )
+        return comparing.compare(self.session, source, sequences, self.opened.console)
+
+
+def _measure(reading: _Reading, report: Report, path: Path | None) -> Quality:
+    """Run the gate, look at lengths, show and write what was measured; fail only then."""
+    failed, opened = None, reading.opened
+    try:
+        with report.step("gate") as step:
+            quality = _run_gate(
+                reading.session, opened.plan, opened.checkpoint, opened.manifest.chat, True,
+                opened.console, step, reading.compare,
+            )  # fmt: skip
+    except FailedGateError as error:
+        failed, quality = error, error.quality
+        failed.advice = UNTOUCHED
+    ranges: tuple[Range, ...] = ()
+    if reading.known:
+        count = len(reading.found.kl)
+        title = f"{reading.opened.manifest.name} on {count} tokens of {reading.opened.text.name}"
+        show_measures(title, quality, reading.opened.console)
+        ranges = _find_ranges(reading)
+        if path:
+            _write(path, reading, ranges)
+    if ranges:
+        show_ranges(ranges, reading.opened.console)
+    if failed:
+        raise failed
+    if ranges:
+        _judge_ranges(ranges, reading.opened.manifest, report)
+    return quality
+
+
+def _find_ranges(reading: _Reading) -> tuple[Range, ...]:
+    try:
+        return agreement.measure_ranges(
+            reading.compare_cut, reading.opened.plan.decoder, reading.opened.text.length,
+            reading.opened.manifest.valid_context, reading.opened.manifest.limits,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:  # what native runtimes raise; NaN
+        raise GateError(f"lengths: {reading.session.runtime}: {error}", advice=UNTOUCHED) from error
+
+
+def _judge_ranges(ranges: tuple[Range, ...], manifest: Manifest, report: Report) -> None:
+    """Note where it agreed; GateError when it does not where the manifest says so."""
+    with report.step("lengths") as step:
+        step.measured = agreement.tell_agreement(ranges)
+        first, last = manifest.valid_context
+        step.limit = f"the manifest says {first} to {last}"
+        for one in ranges:
+            if one.claimed and not one.agrees:
+                raise GateError(
+                    f"lengths: after {one.first} to {one.last} tokens the mean KL divergence from "
+                    f"the source is {one.mean_kl:.4g} nats, top-1 agreement {one.top1:.1%}; the "
+                    f"manifest says that it agrees at {first} to {last} tokens",
+                    advice=UNTOUCHED,
+                )
+
+
+def _write(path: Path, reading: _Reading, ranges: tuple[Range, ...]) -> None:
+    opened = reading.opened
+    tokenizer = read_tokenizer(opened.checkpoint)
+    length = min(opened.text.length, opened.manifest.valid_context[1])
+    sequences = [ids[:length] for ids in opened.text.sequences]
+    details = make_details(
+        opened.manifest, opened.manifest_digest, reading.session.runtime, opened.text,
+        reading.found, [split_text(tokenizer, ids) for ids in sequences], ranges,
+    )  # fmt: skip
+    try:
+        write_details(path, details)
+    except OSError as error:
+        raise SettingsError(f"--details {path}: cannot be written: {error.strerror}") from error
 
 
 def _source_of(manifest: Manifest) -> str:
@@ -77,24 +270,37 @@ def run_checks(
     console: Console, step: Step,
 ) -> Quality:  # fmt: skip
     """Run the gate and note in `step` what was measured, also when it fails."""
-    recipe, decoder = plan.recipe, plan.decoder
-    decoder = decoder.with_long_rope() if plan.needs.always_long_rope else decoder
-    session = formats.get(recipe.format).open_session(folder)
+    session = formats.get(plan.recipe.format).open_session(folder)
+    try:
+        return _run_gate(session, plan, checkpoint, chat, check_logits, console, step)
+    finally:
+        session.close()
+
+
+def _run_gate(
+    session: Session, plan: Plan, checkpoint: Checkpoint, chat: Chat, check_logits: bool,
+    console: Console, step: Step, compare: Callable[[], Comparison] | None = None,
+) -> Quality:  # fmt: skip
+    recipe = plan.recipe
     try:
         quality = run_gate(
-            session, checkpoint, decoder, chat, recipe.check,
+            session, checkpoint, _source_decoder(plan), chat, recipe.check,
             check_logits=check_logits, smoke=recipe.smoke, console=console,
             context_length=plan.context_length,
             # Unchecked, a vendor's artifact is what the vendor makes; parity says how it differs.
             check_tokens=check_logits or recipe.engine == "native",
+            compare=compare,
         )  # fmt: skip
     except FailedGateError as error:
         _note(step, error.quality, console)
         raise
-    finally:
-        session.close()
     _note(step, quality, console)
     return quality
+
+
+def _source_decoder(plan: Plan) -> Decoder:
+    """The source as the runtime can be: with LongRoPE's long factors where it has no others."""
+    return plan.decoder.with_long_rope() if plan.needs.always_long_rope else plan.decoder
 
 
 def _note(step: Step, quality: Quality, console: Console) -> None:

@@ -5,8 +5,10 @@ in real artifacts and real runtimes is in test_gate_runtimes.py.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.quality.sources import SourceSession, copy_with_scaled_tensor, edit_json
@@ -17,6 +19,7 @@ from toolkit.errors import CheckpointError, GateError
 from toolkit.families import read_decoder
 from toolkit.quality.chat import read_chat
 from toolkit.quality.gate import FailedGateError, probe_ids, read_zen, run_gate
+from toolkit.quality.measures import Comparison, compare_logits
 
 SMOKE = Smoke(prompt="What is the capital of France?", expect="Paris")
 
@@ -222,6 +225,54 @@ def test_the_probe_fits_the_artifacts_own_context(session, example):
         context_length=64,
     )
     assert lengths == [63]
+
+
+def test_another_comparison_may_take_the_probes_place(session, example):
+    checkpoint = Checkpoint.open(example)
+    half = np.array([[0.0, 1.0], [1.0, 0.0]])
+    found = compare_logits(half, half[::-1], [0, 1])
+
+    def run(compare: Callable[[], Comparison]) -> Quality:
+        return run_gate(
+            session,
+            checkpoint,
+            read_decoder(checkpoint.config),
+            read_chat(checkpoint),
+            Limits(max_kl=9, min_top1=0),
+            check_logits=True,
+            smoke=None,
+            console=Console(as_json=True),
+            compare=compare,
+        )
+
+    quality = run(lambda: found)
+    assert session.logits_calls == 0
+    assert values(quality)["mean KL"] == found.mean_kl
+    errors = {measure.name: measure.error for measure in quality.measures}
+    assert errors["top-1 agreement"] == 0
+    assert errors["max KL"] is None
+
+    def refuse() -> Comparison:
+        raise ValueError("nothing in common")
+
+    with pytest.raises(FailedGateError, match="logits: nothing in common"):
+        run(refuse)
+
+
+@pytest.mark.parametrize(
+    ("limits", "name"),
+    [
+        (Limits(max_kl=100, max_kl_99=1e-4), "99 % KL"),
+        (Limits(max_kl=100, min_top1=0, max_perplexity_ratio=0.5), "perplexity ratio"),
+    ],
+)
+def test_limits_that_are_set_hold(tmp_path, example, limits, name):
+    tensor = "model.layers.0.mlp.down_proj.weight"
+    broken = copy_with_scaled_tensor(example, tmp_path / "broken", tensor, 0.9)
+    with pytest.raises(FailedGateError, match="limit") as caught:
+        gate(SourceSession(broken), example, limits=limits)
+    missed = [measure.name for measure in caught.value.quality.measures if not measure.ok]
+    assert missed == [name]
 
 
 def test_the_zen_is_read_in_silence(capsys, monkeypatch):

@@ -15,12 +15,13 @@ import pytest
 from tests.quality.sources import edit_json
 from toolkit import artifact, catalog, formats
 from toolkit.artifact import Quality
-from toolkit.build import Options, build
+from toolkit.build import build
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
 from toolkit.families import read_decoder
 from toolkit.formats import Session
 from toolkit.formats.openvino.tokenizer import write_tokenizer
+from toolkit.job import Options
 from toolkit.quality import chat as chats
 from toolkit.quality import tokens
 from toolkit.quality.gate import FailedGateError, run_gate

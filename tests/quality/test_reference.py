@@ -49,6 +49,17 @@ def test_small_pieces_give_the_same(tmp_path, variant, monkeypatch):
     assert np.abs(reference.forward(checkpoint, decoder, ids) - whole).max() < TOLERANCE
 
 
+def test_sequences_together_are_each_by_itself(tmp_path):
+    checkpoint, decoder = open_variant(tmp_path, "gqa")
+    ids = case_ids(checkpoint.folder, 100)
+    sequences = [ids[:50], ids[50:]]
+    weights = reference.CheckpointWeights(checkpoint, lambda _: None)
+    states = reference.final_states_of(weights, decoder, sequences)
+    assert states.shape == (2, 50, decoder.hidden)
+    for found, some in zip(states, sequences, strict=True):
+        assert np.abs(found - reference.final_states(weights, decoder, some)).max() < TOLERANCE
+
+
 def test_the_past_does_not_depend_on_the_future(tmp_path):
     checkpoint, decoder = open_variant(tmp_path, "gqa")
     ids = case_ids(checkpoint.folder, 40)

@@ -93,3 +93,31 @@ def test_ids_beyond_the_vocabulary_are_found(tmp_path, example):
 def added_token(token: int, content: str) -> dict[str, object]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": token, "content": content, "special": True, **flags}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello, world!",
+        "Grüße 你好 \U0001f468\u200d\U0001f469 end\n\n  indented<|user|> x",
+        "\u20ac",
+    ],
+)
+def test_each_token_has_its_text(checkpoint, text):
+    tokenizer = tokens.read_tokenizer(checkpoint)
+    ids = tokens.encode(tokenizer, text)
+    texts = tokens.split_text(tokenizer, ids)
+    assert len(texts) == len(ids)
+    # The space in front is what the tokenizer adds and its decoder takes away.
+    assert "".join(texts) == " " + tokenizer.decode(ids, skip_special_tokens=False)
+    assert "\ufffd" not in "".join(texts)
+
+
+def test_half_characters_are_shown_as_such(checkpoint):
+    tokenizer = tokens.read_tokenizer(checkpoint)
+    half = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "你".encode()][1:]
+    user = tokens.encode(tokenizer, "<|user|>")
+    assert "".join(tokens.split_text(tokenizer, half)) == "\ufffd" * 2
+    assert tokens.split_text(tokenizer, [*half, *user]) == ["", "", "\ufffd\ufffd<|user|>"]
+    assert tokens.split_text(tokenizer, half * 3) == ["", "", "", "\ufffd" * 4, "", "\ufffd" * 2]
+    assert tokens.split_text(tokenizer, []) == []

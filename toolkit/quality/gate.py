@@ -4,10 +4,9 @@ import codecs
 import contextlib
 import importlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
+from functools import partial
 
 from toolkit.artifact import Chat, Limits, Measure, Quality, Smoke
 from toolkit.checkpoint import Checkpoint
@@ -16,7 +15,8 @@ from toolkit.decoder import Decoder
 from toolkit.errors import GateError
 from toolkit.formats import Session
 from toolkit.quality import chat as chats
-from toolkit.quality import measures, reference, tokens
+from toolkit.quality import comparing, tokens
+from toolkit.quality.measures import Comparison
 
 PROBE_QUESTION = "Recite the Zen of Python."
 PROBE_TOKENS = 256
@@ -42,9 +42,17 @@ class _Gate:
     context_length: int
     measured: list[Measure] = field(default_factory=list)
 
-    def add(self, name: str, value: float, limit: float | None, *, ok: bool = True) -> bool:
+    def add(
+        self,
+        name: str,
+        value: float,
+        limit: float | None,
+        *,
+        ok: bool = True,
+        error: float | None = None,
+    ) -> bool:
         """Note one measure; returns `ok`."""
-        self.measured.append(Measure(name=name, value=value, limit=limit, ok=ok))
+        self.measured.append(Measure(name=name, value=value, limit=limit, ok=ok, error=error))
         return ok
 
     def quality(self, *, checked: bool) -> Quality:
@@ -69,12 +77,14 @@ def run_gate(
     console: Console,
     context_length: int | None = None,
     check_tokens: bool = True,
+    compare: Callable[[], Comparison] | None = None,
 ) -> Quality:
     """Measure an artifact against its source; FailedGateError on the first limit it misses.
 
     With `check_logits` False the logits and the smoke question are left out, and the result says
     `checked=False`; token ids are compared all the same, unless `check_tokens` is False too.
-    `context_length` is the artifact's, where it is shorter than the checkpoint's.
+    `context_length` is the artifact's, where it is shorter than the checkpoint's. `compare` stands
+    for the comparison on the probe text; its ValueError says why nothing can be compared.
     """
     gate = _Gate(session, checkpoint, decoder, chat, context_length or decoder.context)
     try:
@@ -82,7 +92,7 @@ def run_gate(
             _check_tokens(gate)
         _check_stops(gate)
         if check_logits:
-            _check_logits(gate, limits, console)
+            _check_logits(gate, limits, compare or partial(_compare_probe, gate, console))
             if smoke is not None:
                 _check_smoke(gate, smoke)
     except RuntimeError as error:  # what native runtimes raise
@@ -133,51 +143,68 @@ def _check_stops(gate: _Gate) -> None:
         )
 
 
-def _check_logits(gate: _Gate, limits: Limits, console: Console) -> None:
+def _compare_probe(gate: _Gate, console: Console) -> Comparison:
     ids = probe_ids(gate.checkpoint, gate.chat, gate.context_length)
-    source = _source_logits(gate, ids, console)
+    source = comparing.read_source(gate.checkpoint, gate.decoder, [ids], console)
+    return comparing.compare(gate.session, source, [ids], console)
+
+
+def _check_logits(gate: _Gate, limits: Limits, compare: Callable[[], Comparison]) -> None:
     try:
-        found = measures.compare_logits(source, gate.session.logits(ids), ids)
+        found = compare()
     except ValueError as error:
         gate.add("comparable logits", 0, 1, ok=False)
         raise gate.fail(f"logits: {error}") from error
-    is_near = found.mean_kl <= limits.max_kl
-    agrees = found.top1 >= limits.min_top1
-    gate.add("mean KL", found.mean_kl, limits.max_kl, ok=is_near)
-    gate.add("median KL", found.kl_quantile(0.5), None)
-    gate.add("99 % KL", found.kl_quantile(0.99), None)
-    gate.add("max KL", found.kl_quantile(1.0), None)
-    gate.add("top-1 agreement", found.top1, limits.min_top1, ok=agrees)
-    gate.add("source perplexity", found.perplexity_source, None)
-    gate.add("artifact perplexity", found.perplexity_artifact, None)
-    if not is_near:
-        raise gate.fail(
-            f"logits: the mean KL divergence from the source is {found.mean_kl:.4g} nats per token "
-            f"on {len(ids)} probe tokens; limit {limits.max_kl:g}"
-        )
-    if not agrees:
-        raise gate.fail(
-            f"logits: the most likely token is the source's for {found.top1:.1%} of {len(ids)} "
-            f"probe tokens; limit {limits.min_top1:.1%}"
-        )
+    demands = {demand.measure: demand for demand in list_demands(limits)}
+    missed = []
+    for name, estimate in found.summarize().items():
+        demand = demands.get(name)
+        ok = demand is None or demand.is_met(estimate.value)
+        limit = None if demand is None else demand.limit
+        gate.add(name, estimate.value, limit, ok=ok, error=estimate.error)
+        if demand and not ok:
+            missed.append(demand.sentence.format(estimate.value, len(found.kl), demand.limit))
+    if missed:
+        raise gate.fail(f"logits: {missed[0]}")
 
 
-# The source's logits of the last gates, for several artifacts of one checkpoint: 33 MB each for
-# Phi-3's vocabulary.
-_known_logits: dict[object, NDArray[np.float32]] = {}
-MOST_KNOWN = 2
+@dataclass(frozen=True)
+class Demand:
+    """A limit on a measure; `sentence` takes what was found, the number of tokens, the limit."""
+
+    measure: str
+    limit: float
+    sentence: str
+    is_lowest: bool = False
+
+    def is_met(self, value: float) -> bool:
+        """True when the measure keeps the limit."""
+        return value >= self.limit if self.is_lowest else value <= self.limit
 
 
-def _source_logits(gate: _Gate, ids: list[int], console: Console) -> NDArray[np.float32]:
-    key = (gate.checkpoint.fingerprint(), gate.decoder, tuple(ids))
-    if key not in _known_logits:
-        while len(_known_logits) >= MOST_KNOWN:
-            del _known_logits[next(iter(_known_logits))]
-        total_bytes = reference.bytes_to_read(gate.checkpoint, gate.decoder)
-        with console.progress("checking against the source", total_bytes) as advance:
-            found = reference.forward(gate.checkpoint, gate.decoder, ids, advance=advance)
-        _known_logits[key] = found
-    return _known_logits[key]
+def list_demands(limits: Limits) -> list[Demand]:
+    """The limits that are set, the most telling first."""
+    demands = [
+        Demand(
+            "mean KL",
+            limits.max_kl,
+            "the mean KL divergence from the source is {:.4g} nats per token on {} tokens; "
+            "limit {:g}",
+        ),
+        Demand(
+            "top-1 agreement",
+            limits.min_top1,
+            "the most likely token is the source's for {:.1%} of {} tokens; limit {:.1%}",
+            is_lowest=True,
+        ),
+    ]
+    if limits.max_kl_99 is not None:
+        sentence = "99 % of the KL divergences are up to {:.4g} nats on {} tokens; limit {:g}"
+        demands.append(Demand("99 % KL", limits.max_kl_99, sentence))
+    if limits.max_perplexity_ratio is not None:
+        sentence = "the perplexity is {:.4g} times the source's on {} tokens; limit {:g}"
+        demands.append(Demand("perplexity ratio", limits.max_perplexity_ratio, sentence))
+    return demands
 
 
 def _check_smoke(gate: _Gate, smoke: Smoke) -> None:

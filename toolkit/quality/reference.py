@@ -57,12 +57,21 @@ def forward(
 
 def final_states(weights: Weights, decoder: Decoder, ids: Sequence[int]) -> Array:
     """Return what the head multiplies: float32 [len(ids), hidden]; errors as in `forward`."""
-    check_ids(decoder, ids)
-    rotation = rotary_tables(decoder.rope, len(ids))
-    hidden = weights.look_up(decoder.names.embedding, ids)[None]
+    states: Array = final_states_of(weights, decoder, [ids])[0]
+    return states
+
+
+def final_states_of(
+    weights: Weights, decoder: Decoder, sequences: Sequence[Sequence[int]]
+) -> Array:
+    """The same for sequences of one length n, in one pass over the weights: [texts, n, hidden]."""
+    for ids in sequences:
+        check_ids(decoder, ids)
+    rotation = rotary_tables(decoder.rope, len(sequences[0]))
+    hidden = np.stack([weights.look_up(decoder.names.embedding, ids) for ids in sequences])
     for layer in range(decoder.layers):
         hidden = run_layer(weights, decoder, layer, hidden, rotation)
-    return normalize(weights.read(decoder.names.final_norm), hidden[0], decoder.norm_epsilon)
+    return normalize(weights.read(decoder.names.final_norm), hidden, decoder.norm_epsilon)
 
 
 def run_layer(

@@ -53,6 +53,8 @@ PROBES = PLAIN_PROBES + SPACE_PROBES + UNICODE_PROBES
 """Texts without special tokens; `list_probes` adds the checkpoint's own tokens and chats."""
 
 SHOWN_IDS = 24
+HALF_CHARACTER = "\ufffd"
+UTF8_BYTES = 4  # of the longest character
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,26 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Source ids of `text`: special tokens parsed, nothing added in front or behind."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return ids
+
+
+def split_text(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each id amid the others, special tokens shown; together they are the text.
+
+    A space that decoders strip in front is kept. Of a character that takes several tokens the last
+    one has it, the others are empty.
+    """
+    # Decoders strip what stands first, so something does that is not shown.
+    front = encode(tokenizer, "a")
+    known = len(tokenizer.decode(front))
+    texts: list[str] = []
+    held: list[int] = []
+    for place, token in enumerate(ids, start=1):
+        held.append(token)
+        text = tokenizer.decode([*front, *held], skip_special_tokens=False)[known:]
+        is_open = text.endswith(HALF_CHARACTER) and len(held) < UTF8_BYTES and place < len(ids)
+        texts.append("" if is_open else text)
+        held = held if is_open else []
+    return texts
 
 
 def list_probes(tokenizer: Tokenizer, chat: Chat) -> list[str]:
