@@ -101,7 +101,7 @@ def _settings(plan: Plan) -> list[list[str]]:
     rows += [[key, _text(value)] for key, value in settings.items()]
     rows += [[f"quantization.{key}", _text(value)] for key, value in nested.items()]
     limits = msgspec.to_builtins(plan.recipe.check)
-    rows += [[f"check.{key}", _text(value)] for key, value in limits.items()]
+    rows += [[f"check.{k}", _text(value)] for k, value in limits.items() if value is not None]
     first, last = plan.needs.valid_context
     rows.append(["agrees with the source at", f"{first} to {last} tokens"])
     return rows

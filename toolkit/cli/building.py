@@ -7,10 +7,14 @@ import click
 
 from toolkit.cli.options import (
     OrderedGroup,
+    Size,
+    calibration_option,
     check_option,
     context_option,
+    equalize_option,
     json_option,
     memory_option,
+    method_option,
     out_option,
     rendering,
     workers_option,
@@ -61,6 +65,9 @@ def plan_command(
 @memory_option
 @context_option
 @check_option
+@method_option
+@equalize_option
+@calibration_option
 @click.option("--replace", is_flag=True, help="Replace an artifact that is already there.")
 @click.option(
     "--engine", type=click.Choice(["native", "vendor"]), help="Converter, instead of the recipe's."
@@ -68,11 +75,24 @@ def plan_command(
 @click.option(
     "--force-memory", is_flag=True, help="Run a vendor's converter beyond the memory that is free."
 )
+@click.option(
+    "--max-size",
+    type=Size(),
+    help="Choose each matrix's bits, so that the artifact takes this at most, such as 2.1GB.",
+)
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(0, min_open=True),
+    help="Choose each matrix's bits, so that the mean KL from the source is this at most.",
+)
 @json_option
 def build_command(
     recipe: str | None, build_all_of: bool, kinds: tuple[str, ...], checkpoint: str, out: Path,
-    workers: int | None, memory: int | None, context: int | None, check: bool, replace: bool,
-    engine: Literal["native", "vendor"] | None, force_memory: bool, as_json: bool,
+    workers: int | None, memory: int | None, context: int | None, check: bool,
+    method: Literal["rtn", "gptq"] | None, equalize: bool | None, calibration: Path | None,
+    replace: bool,
+    engine: Literal["native", "vendor"] | None, force_memory: bool, max_size: int | None,
+    max_kl: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert a checkpoint, check it against its source, seal it as an artifact.
 
@@ -80,18 +100,25 @@ def build_command(
     model in one pass over it; what is there already is kept.
     """
     from toolkit import catalog
-    from toolkit.build import Options, build_all, raise_on_sigterm, require_all
+    from toolkit.budget import Budget, fit_budget
+    from toolkit.build import build_all, choose_method, raise_on_sigterm, require_all
+    from toolkit.job import Options
     from toolkit.source import list_recipes, open_source
 
     if bool(recipe) == build_all_of:
         raise click.UsageError("give either a RECIPE or --all")
     if kinds and not build_all_of:
         raise click.UsageError("--format goes with --all")
+    if max_size is not None and max_kl is not None:
+        raise click.UsageError("give either --max-size or --max-kl")
+    budget = None if max_size is None and max_kl is None else Budget(max_size, max_kl)
+    if budget and build_all_of:
+        raise click.UsageError("--max-size and --max-kl go with one RECIPE")
     raise_on_sigterm()
     console = Console(as_json=as_json)
     options = Options(
         context_length=context, workers=workers, memory_bytes=memory, check=check, replace=replace,
-        force_memory=force_memory,
+        force_memory=force_memory, calibration=calibration,
     )  # fmt: skip
     recipes = [catalog.load_recipe(recipe)] if recipe else []
     report = Report(f"build {recipes[0].name if recipes else 'all recipes'}")
@@ -99,6 +126,14 @@ def build_command(
         opened = open_source(checkpoint, console)
         recipes = recipes or list_recipes(opened, checkpoint, kinds)
         recipes = [one.with_engine(engine) if engine else one for one in recipes]
+        if method or equalize is not None:
+            recipes = choose_method(recipes, opened, method, equalize, console)
+        if budget:
+            mix = fit_budget(
+                recipes[0], opened, budget, console, report, context_length=context,
+                text=calibration,
+            )  # fmt: skip
+            recipes = [mix.recipe]
         results = build_all(recipes, opened, out, options, console, report)
         for name, result in results.items():
             if isinstance(result, Path):
@@ -111,15 +146,46 @@ def build_command(
 @click.command("check")
 @click.argument("artifact", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--checkpoint", help="Source checkpoint; without, the one the manifest names.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Plain text, or chats as .jsonl, one a line; without, a part of Python's manual.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(2),
+    default=2048,
+    show_default=True,
+    help="Tokens of the text to read, at most.",
+)
+@click.option("--length", type=click.IntRange(2), help="Tokens of a sequence; at most 512 without.")
+@click.option(
+    "--details",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File for everything that was measured, token by token; `report` shows it.",
+)
+@click.option(
+    "--weights",
+    is_flag=True,
+    help="Measure its weights without its runtime, as a whole and each matrix alone.",
+)
 @json_option
-def check_command(artifact: Path, checkpoint: str | None, as_json: bool) -> None:
-    """Compare an artifact with its source: files, token ids, logits, stop ids."""
-    from toolkit.check import check_artifact
+def check_command(
+    artifact: Path, checkpoint: str | None, text: Path | None, tokens: int, length: int | None,
+    details: Path | None, weights: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare an artifact with its source: files, token ids, stop ids, logits on a text."""
+    from toolkit.check import Asked, check_artifact
+    from toolkit.weights import check_weights
 
     console = Console(as_json=as_json)
     report = Report(f"check {artifact}")
+    asked = Asked(text, tokens, length, details)
     with rendering(console, report):
-        check_artifact(artifact, checkpoint, console, report)
+        if weights:
+            check_weights(artifact, checkpoint, console, report, asked)
+        else:
+            check_artifact(artifact, checkpoint, console, report, asked)
 
 
 @click.command("parity")

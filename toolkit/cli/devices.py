@@ -58,8 +58,9 @@ def ship_command(
     devices: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Probe the device, choose a recipe, build, check, push, and ask it a question there."""
-    from toolkit.build import Options, raise_on_sigterm
+    from toolkit.build import raise_on_sigterm
     from toolkit.deploy import Push
+    from toolkit.job import Options
     from toolkit.ship import ship
 
     raise_on_sigterm()

@@ -53,6 +53,18 @@ check_option = click.option(
     "--check/--no-check", default=True,
     help="Compare logits with the source. Without, the artifact is sealed as unchecked.",
 )  # fmt: skip
+calibration_option = click.option(
+    "--calibration", type=click.Path(path_type=Path, dir_okay=False),
+    help="Text (.txt, or chats as .jsonl) that codes are chosen on, instead of Python's manual.",
+)  # fmt: skip
+method_option = click.option(
+    "--method", type=click.Choice(["rtn", "gptq"]),
+    help="How codes are chosen, instead of the recipe's way; the artifact's name says so.",
+)  # fmt: skip
+equalize_option = click.option(
+    "--equalize/--no-equalize", default=None,
+    help="Move scale from channels with outliers to other weights first, or not.",
+)  # fmt: skip
 devices_option = click.option(
     "--devices", type=click.Path(path_type=Path, dir_okay=False), help="The devices.yaml to use."
 )

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,6 +67,13 @@ class Format(Protocol):
 
     def check_shape(self, recipe: Recipe, decoder: Decoder) -> None:
         """PlanError when the recipe cannot hold this architecture (block sizes, features)."""
+
+    def list_choices(self, recipe: Recipe, decoder: Decoder) -> Mapping[str, tuple[Any, ...]]:
+        """What the recipe's overrides could say of each matrix, by its name, smallest first.
+
+        None stands for no override, where the recipe's own type is a choice that they cannot name.
+        Empty when the recipe leaves nothing to choose.
+        """
 
     def lay_out(self, recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
         """Place every tensor in the data file; no checkpoint is needed."""

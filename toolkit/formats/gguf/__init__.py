@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,13 +11,13 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.gguf import header, layout, reader
+from toolkit.formats.gguf import header, layout, mix, reader
 from toolkit.formats.gguf.llamaedge import SCRIPT, write_script
-from toolkit.formats.gguf.mix import choose_types, find_fallbacks
 from toolkit.formats.gguf.ollama import MODELFILE, describe_model, write_modelfile
 from toolkit.formats.gguf.recipe import GgufRecipe
 from toolkit.formats.gguf.session import GgufSession
 from toolkit.formats.gguf.vocabulary import read_vocabulary
+from toolkit.overrides import check_patterns
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
@@ -34,13 +34,16 @@ OVERHEAD_BYTES = 150_000_000
 def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     """PlanError when rows hold no whole blocks, or llama.cpp's phi3 lacks a feature."""
     recipe = cast(GgufRecipe, recipe)
-    shapes = decoder.shapes()
-    for name, kind in choose_types(recipe.quantization, decoder).items():
+    shapes, where = decoder.shapes(), f"{recipe.name}: quantization"
+    check_patterns(f"{where}.overrides", recipe.quantization.overrides, decoder)
+    for name, kind in mix.choose_types(recipe.quantization, decoder).items():
         if shapes[name][-1] % kind.block_weights:
+            columns = shapes[name][-1]
+            fits = [k.name.lower() for k in mix.BLOCKS if not columns % k.block_weights]
             raise PlanError(
-                f"{recipe.name}: quantization: {kind.name.lower()} needs rows that are multiples "
-                f"of {kind.block_weights}; {name} has rows of {shapes[name][-1]}; "
-                "allowed f16, bf16"
+                f"{where}: {kind.name.lower()} needs rows that are multiples of "
+                f"{kind.block_weights}; {name} has rows of {columns}; "
+                f"allowed {', '.join(kind for kind in fits if kind != 'f32')}"
             )
     if decoder.is_tied and recipe.quantization.embedding:
         raise PlanError(
@@ -57,6 +60,11 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
             f"{recipe.name}: llama.cpp has one scale for LongRoPE; this model has short_mscale "
             f"{decoder.rope.short_scale} and long_mscale {decoder.rope.long_scale}"
         )
+
+
+def list_choices(recipe: Recipe, decoder: Decoder) -> dict[str, tuple[Any, ...]]:
+    """What overrides can say of each matrix, smallest first."""
+    return dict(mix.list_choices(cast(GgufRecipe, recipe).quantization, decoder))
 
 
 def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
@@ -139,7 +147,7 @@ def find_valid_context(decoder: Decoder, context_length: int) -> tuple[tuple[int
 
 def _fallback_notes(recipe: GgufRecipe, decoder: Decoder) -> list[str]:
     """Say where rows are no multiple of 256."""
-    found = find_fallbacks(recipe.quantization, decoder)
+    found = mix.find_fallbacks(recipe.quantization, decoder)
     if not found:
         return []
     kinds = ", ".join(sorted({kind.name for kind in found.values()}))

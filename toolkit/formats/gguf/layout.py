@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.decoder import Decoder
-from toolkit.formats.gguf.encoder import GgmlEncoder
+from toolkit.formats.gguf.encoder import choose_encoder
 from toolkit.formats.gguf.mix import GgmlType, choose_types
 from toolkit.formats.gguf.recipe import GgufRecipe
 from toolkit.stream import Constant, DataFile, Piece
@@ -60,7 +60,7 @@ def lay_out(recipe: GgufRecipe, decoder: Decoder) -> DataFile:
             constants.append(Constant(tensor.offset, make))
             continue
         rows, columns = prod(tensor.shape[:-1]), tensor.shape[-1]
-        encoder = GgmlEncoder(tensor.kind)
+        encoder = choose_encoder(tensor.kind)
         source = sources[tensor.name]
         pieces.append(Piece(source, 0, rows, columns, encoder, (tensor.offset,)))
     return DataFile(DATA_FILE, size_bytes, tuple(pieces), tuple(constants))

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from enum import IntEnum
 
 from toolkit.decoder import Decoder
-from toolkit.formats.gguf.recipe import GgufQuantization, Precision
+from toolkit.formats.gguf.recipe import GgufQuantization, Precision, TensorType
+from toolkit.overrides import list_matrices, resolve
 
 
 class GgmlType(IntEnum):
@@ -18,6 +19,7 @@ class GgmlType(IntEnum):
     F32 = 0
     F16 = 1
     Q4_0 = 2
+    Q4_1 = 3
     Q5_0 = 6
     Q5_1 = 7
     Q8_0 = 8
@@ -45,6 +47,7 @@ BLOCKS = {
     GgmlType.F16: (1, 2),
     GgmlType.BF16: (1, 2),
     GgmlType.Q4_0: (32, 18),
+    GgmlType.Q4_1: (32, 20),
     GgmlType.Q5_0: (32, 22),
     GgmlType.Q5_1: (32, 24),
     GgmlType.Q8_0: (32, 34),
@@ -59,6 +62,7 @@ BASE_TYPES: dict[Precision, GgmlType] = {
     "f16": GgmlType.F16,
     "bf16": GgmlType.BF16,
     "q4_0": GgmlType.Q4_0,
+    "q4_1": GgmlType.Q4_1,
     "q8_0": GgmlType.Q8_0,
     "q4_k_m": GgmlType.Q4_K,
     "q5_k_m": GgmlType.Q5_K,
@@ -68,6 +72,7 @@ BASE_TYPES: dict[Precision, GgmlType] = {
 FILE_TYPES: dict[Precision, int] = {
     "f16": 1,
     "q4_0": 2,
+    "q4_1": 3,
     "q8_0": 7,
     "q4_k_m": 15,
     "q5_k_m": 17,
@@ -84,10 +89,44 @@ SMALL_BLOCK = {
     GgmlType.Q6_K: GgmlType.Q8_0,
 }
 
+# Types that a budget chooses among, in order of size; those of 4 bits differ in speed and in what
+# runs them, so the recipe's own is the only one.
+MORE_BITS: tuple[TensorType, ...] = ("q5_k", "q6_k", "q8_0")
+LADDERS: dict[Precision, tuple[TensorType, ...]] = {
+    "iq4_xs": ("iq4_xs", *MORE_BITS),
+    "q4_0": ("q4_0", *MORE_BITS),
+    "q4_1": ("q4_1", *MORE_BITS),
+    "q4_k_m": ("q4_k", *MORE_BITS),
+    "q5_k_m": MORE_BITS,
+    "q6_k": MORE_BITS[1:],
+}
+SMALL_LADDERS: dict[Precision, tuple[TensorType, ...]] = {
+    "iq4_xs": ("iq4_nl", "q8_0"),
+    "q4_0": ("q4_0", "q8_0"),
+    "q4_1": ("q4_1", "q8_0"),
+    "q4_k_m": ("q4_0", "q8_0"),
+    "q5_k_m": ("q8_0",),
+    "q6_k": ("q8_0",),
+}
+
 
 def choose_types(settings: GgufQuantization, decoder: Decoder) -> dict[str, GgmlType]:
     """Type of every tensor, by checkpoint name; rows must be multiples of 32 to be quantized."""
     return _wanted_types(settings, decoder) | find_fallbacks(settings, decoder)
+
+
+def list_choices(settings: GgufQuantization, decoder: Decoder) -> dict[str, tuple[TensorType, ...]]:
+    """What overrides can say of each matrix, smallest first; empty where 8 bits are the least."""
+    ladder = LADDERS.get(settings.precision, ())
+    found, shapes = dict[str, tuple[TensorType, ...]](), decoder.shapes()
+    for name in list_matrices(decoder) if ladder else ():
+        columns = shapes[name][-1]
+        fits = [kind for kind in ladder if columns % GgmlType[kind.upper()].block_weights == 0]
+        if len(fits) < len(ladder):  # rows that are no multiple of 256
+            small = SMALL_LADDERS[settings.precision]
+            fits = [kind for kind in small if columns % GgmlType[kind.upper()].block_weights == 0]
+        found[name] = tuple(fits)
+    return found
 
 
 def find_fallbacks(settings: GgufQuantization, decoder: Decoder) -> dict[str, GgmlType]:
@@ -113,8 +152,10 @@ def _wanted_types(settings: GgufQuantization, decoder: Decoder) -> dict[str, Ggm
 
 
 def _chosen_types(settings: GgufQuantization, decoder: Decoder) -> dict[str, GgmlType]:
-    """Embedding and head where the recipe names their types."""
+    """What the recipe names itself: embedding, head, overrides."""
+    chosen: dict[str, str | None]
     chosen = {decoder.names.embedding: settings.embedding, decoder.head_name: settings.head}
+    chosen |= resolve(settings.overrides, decoder)
     return {name: GgmlType[kind.upper()] for name, kind in chosen.items() if kind}
 
 

@@ -82,6 +82,11 @@ VENDOR = Vendor(
 def plan_export(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, places: Places) -> Export:
     """Convert without loss, quantize, name the stop ids; PlanError where that cannot be done."""
     settings = cast(GgufRecipe, recipe).quantization
+    if settings.overrides:
+        raise PlanError(
+            f"{recipe.name}: quantization.overrides: llama-quantize is not asked for them here",
+            advice="use `engine: native`",
+        )
     precision = settings.precision
     is_plain = precision in UNQUANTIZED and not (settings.embedding or settings.head)
     _check_tokenizer(recipe, checkpoint)

@@ -13,10 +13,9 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.mlx import config, layout, reader
+from toolkit.formats.mlx import config, layout, reader, schemes
 from toolkit.formats.mlx.encoders import STORED
 from toolkit.formats.mlx.recipe import MlxRecipe
-from toolkit.formats.mlx.schemes import check_schemes
 from toolkit.formats.mlx.session import MlxSession
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
@@ -38,7 +37,12 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
             f"{decoder.heads} x {decoder.head_dim} and {decoder.hidden}"
         )
     config.check_rope(recipe, decoder)
-    check_schemes(recipe, decoder)
+    schemes.check_schemes(recipe, decoder)
+
+
+def list_choices(recipe: Recipe, decoder: Decoder) -> dict[str, tuple[Any, ...]]:
+    """What overrides can say of each matrix, smallest first."""
+    return dict(schemes.list_choices(cast(MlxRecipe, recipe), decoder))
 
 
 def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:

@@ -8,7 +8,8 @@ from math import prod
 from toolkit.decoder import Decoder
 from toolkit.formats.mlx.encoders import STORED, Groups, Plain
 from toolkit.formats.mlx.recipe import MlxRecipe
-from toolkit.formats.mlx.schemes import Scheme, choose_schemes, path_of
+from toolkit.formats.mlx.schemes import Scheme, choose_schemes
+from toolkit.overrides import path_of
 from toolkit.stream import DataFile, Encoder, Piece
 
 DATA_FILE = "model.safetensors"

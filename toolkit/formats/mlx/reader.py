@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from toolkit.decoder import Decoder
 from toolkit.errors import ArtifactError, require
 from toolkit.formats.mlx.layout import DATA_FILE
-from toolkit.formats.mlx.schemes import path_of
+from toolkit.overrides import path_of
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -8,14 +8,15 @@ the tensors are those of mixed_4_6. A tied head is the embedding; mlx-lm gives t
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
-from toolkit.formats.mlx.recipe import MlxRecipe
+from toolkit.formats.mlx.recipe import Bits, MlxOverride, MlxRecipe
+from toolkit.overrides import check_patterns, list_matrices, path_of, resolve
 
 UNQUANTIZED = 16
 GROUP_SIZES = (32, 64, 128)
+QUANTIZED: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Scheme:
 def choose_schemes(recipe: MlxRecipe, decoder: Decoder) -> dict[str, Scheme]:
     """Scheme of every matrix, by module path, in order of use; norms have none."""
     settings = recipe.quantization
-    bits = dict.fromkeys(_matrices(decoder), int(settings.bits))
+    bits = dict.fromkeys(map(path_of, list_matrices(decoder)), int(settings.bits))
     embedding, head = (path_of(n) for n in (decoder.names.embedding, decoder.head_name))
     if settings.sensitive_bits:
         bits |= dict.fromkeys(_sensitive(decoder), int(settings.sensitive_bits))
@@ -43,11 +44,19 @@ def choose_schemes(recipe: MlxRecipe, decoder: Decoder) -> dict[str, Scheme]:
     if settings.head_bits:
         bits[head] = settings.head_bits
     schemes = {path: Scheme(count, settings.group_size) for path, count in bits.items()}
-    for pattern, override in settings.overrides.items():
+    for name, override in resolve(settings.overrides, decoder).items():
         size = override.group_size or settings.group_size
-        found = dict.fromkeys(_match(pattern, schemes), Scheme(override.bits, size))
-        schemes |= found
+        schemes[path_of(name)] = Scheme(override.bits, size)
     return schemes
+
+
+def list_choices(recipe: MlxRecipe, decoder: Decoder) -> dict[str, tuple[MlxOverride, ...]]:
+    """What overrides can say of each matrix: the recipe's bits and more, up to 8."""
+    bits = [count for count in QUANTIZED if count >= recipe.quantization.bits]
+    if len(bits) < 2:
+        return {}
+    choices = tuple(MlxOverride(bits=count) for count in bits)
+    return dict.fromkeys(list_matrices(decoder), choices)
 
 
 def check_schemes(recipe: MlxRecipe, decoder: Decoder) -> None:
@@ -64,12 +73,7 @@ def check_schemes(recipe: MlxRecipe, decoder: Decoder) -> None:
             "allowed the same number as embedding_bits, or none"
         )
     widths = {path_of(name): shape[-1] for name, shape in decoder.shapes().items()}
-    for pattern in settings.overrides:
-        if not any(_match(pattern, _matrices(decoder))):
-            raise PlanError(
-                f"{where}.overrides: {pattern!r} matches no module; this model has "
-                f"{', '.join(_spell(decoder))}"
-            )
+    check_patterns(f"{where}.overrides", settings.overrides, decoder)
     for path, scheme in choose_schemes(recipe, decoder).items():
         if scheme.is_quantized and widths[path] % scheme.group_size:
             fits = [str(size) for size in GROUP_SIZES if widths[path] % size == 0]
@@ -80,15 +84,6 @@ def check_schemes(recipe: MlxRecipe, decoder: Decoder) -> None:
             )
 
 
-def path_of(name: str) -> str:
-    """The module that a tensor of the checkpoint belongs to."""
-    return name.removesuffix(".weight")
-
-
-def _matrices(decoder: Decoder) -> list[str]:
-    return [path_of(name) for name, shape in decoder.shapes().items() if len(shape) == 2]
-
-
 def _sensitive(decoder: Decoder) -> Iterator[str]:
     names, layers = decoder.names, decoder.layers
     eighth = layers // 8
@@ -97,15 +92,3 @@ def _sensitive(decoder: Decoder) -> Iterator[str]:
             yield path_of(names.qkv.format(layer))
             yield path_of(names.down.format(layer))
     yield path_of(decoder.head_name)
-
-
-def _match(pattern: str, paths: Iterator[str] | list[str] | dict[str, Scheme]) -> list[str]:
-    return [path for path in paths if fnmatchcase(path, pattern)]
-
-
-def _spell(decoder: Decoder) -> list[str]:
-    """Every kind of matrix once, `*` for the layer."""
-    names = decoder.names
-    per_layer = (names.qkv, names.attention_out, names.gate_up, names.down)
-    outer = dict.fromkeys((names.embedding, decoder.head_name))
-    return [path_of(name.format("*")) for name in (*outer, *per_layer)]

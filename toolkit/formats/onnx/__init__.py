@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.onnx import genai, graph, layout, reader
+from toolkit.formats.onnx import genai, graph, layout, reader, schemes
 from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.formats.onnx.session import OnnxSession
 from toolkit.recipe import Recipe
@@ -31,6 +31,7 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     """PlanError when a row is no multiple of the block, or the rotary width does not suit."""
     recipe = cast(OnnxRecipe, recipe)
     _check_blocks(recipe, decoder)
+    schemes.check_schemes(recipe, decoder)
     head, io_dtype = recipe.quantization.head, recipe.io_dtype
     if recipe.linear_bits and head in layout.FLOATS and layout.FLOATS[head] != io_dtype:
         raise PlanError(
@@ -57,6 +58,11 @@ def _check_blocks(recipe: OnnxRecipe, decoder: Decoder) -> None:
                 f"{recipe.name}: quantization.block_size: {size} does not divide {name} {columns}; "
                 f"allowed {', '.join(fits) or 'none (use fp16 or fp32)'}"
             )
+
+
+def list_choices(recipe: Recipe, decoder: Decoder) -> dict[str, tuple[Any, ...]]:
+    """What overrides can say of each matrix, smallest first."""
+    return dict(schemes.list_choices(cast(OnnxRecipe, recipe), decoder))
 
 
 def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:

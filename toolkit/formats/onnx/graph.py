@@ -102,7 +102,7 @@ def _add_decoder(graph: _Graph) -> None:
         normed, residual = _add_norm(graph, f"{prefix}.post_attention_layernorm", residual, branch)
         branch = _add_mlp(graph, f"{prefix}.mlp", normed)
     normed, _ = _add_norm(graph, "model.norm", residual, branch)
-    _add_linear(graph, "lm_head", normed, graph.layout.recipe.head_bits, output="logits")
+    _add_linear(graph, "lm_head", normed, output="logits")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _add_rope(graph: _Graph, total: str) -> tuple[str, str]:
 
 def _add_embedding(graph: _Graph) -> str:
     recipe, stored, node = graph.layout.recipe, graph.layout.stored, "/embed/gather"
-    if bits := recipe.embedding_bits:
+    if bits := graph.layout.schemes.embedding:
         parts = (f"_Q{bits}", "_scales", "_zero_points")
         codes, *rest = [EMBEDDING + part for part in parts if EMBEDDING + part in stored]
         return graph.add(
@@ -180,10 +180,12 @@ def _add_norm(graph: _Graph, name: str, residual: str, branch: str) -> tuple[str
     return normed, outputs[-1]
 
 
-def _add_linear(graph: _Graph, name: str, value: str, bits: int, output: str = "") -> str:
+def _add_linear(graph: _Graph, name: str, value: str, output: str = "") -> str:
+    """The product with a matrix, in the bits in which the layout stores it."""
     recipe, stored = graph.layout.recipe, graph.layout.stored
     node = f"/{name.replace('.', '/')}"
     output = output or f"{node}/output"
+    bits = next((n for n in (4, 8) if f"{name}.weight_Q{n}" in stored), 0)
     if not bits:
         return graph.add_many("MatMul", [value, f"{name}.weight"], node, [output])
     codes = stored[f"{name}.weight_Q{bits}"]
@@ -204,8 +206,7 @@ def _add_attention(
     graph: _Graph, layer: int, value: str, lengths: _Lengths, cos: str, sin: str
 ) -> str:
     decoder, prefix = graph.decoder, f"model.layers.{layer}.attn"
-    bits = graph.layout.recipe.linear_bits
-    qkv = _add_linear(graph, f"{prefix}.qkv_proj", value, bits)
+    qkv = _add_linear(graph, f"{prefix}.qkv_proj", value)
     node = f"/model/layers/{layer}/attn/gqa"
     past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
     present = [f"present.{layer}.{part}" for part in ("key", "value")]
@@ -222,17 +223,17 @@ def _add_attention(
         do_rotary=1,
         rotary_interleaved=0,
     )
-    return _add_linear(graph, f"{prefix}.o_proj", attended, bits)
+    return _add_linear(graph, f"{prefix}.o_proj", attended)
 
 
 def _add_mlp(graph: _Graph, prefix: str, value: str) -> str:
-    node, bits = f"/{prefix.replace('.', '/')}", graph.layout.recipe.linear_bits
-    gate = _add_linear(graph, f"{prefix}.gate_proj", value, bits)
-    up = _add_linear(graph, f"{prefix}.up_proj", value, bits)
+    node = f"/{prefix.replace('.', '/')}"
+    gate = _add_linear(graph, f"{prefix}.gate_proj", value)
+    up = _add_linear(graph, f"{prefix}.up_proj", value)
     sigmoid = graph.add("Sigmoid", [gate], f"{node}/sigmoid")
     silu = graph.add("Mul", [gate, sigmoid], f"{node}/silu")
     gated = graph.add("Mul", [silu, up], f"{node}/gated")
-    return _add_linear(graph, f"{prefix}.down_proj", gated, bits)
+    return _add_linear(graph, f"{prefix}.down_proj", gated)
 
 
 def _inputs(graph: _Graph) -> list[Any]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from toolkit.decoder import Decoder, Rope
 from toolkit.formats.onnx.encoders import ITEM_BYTES, Blocks, Plain, Transposed
 from toolkit.formats.onnx.recipe import OnnxRecipe
+from toolkit.formats.onnx.schemes import Schemes, choose_schemes
 from toolkit.stream import Constant, DataFile, Encoder, Piece
 
 DATA_FILE = "model.onnx.data"
@@ -43,6 +44,7 @@ class Layout:
     recipe: OnnxRecipe
     decoder: Decoder
     context_length: int
+    schemes: Schemes
     end: int = 0
     stored: dict[str, Stored] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
@@ -119,7 +121,7 @@ class Layout:
 
 def lay_out(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> Layout:
     """Place every tensor of the decoder, in order of use."""
-    layout = Layout(recipe, decoder, context_length)
+    layout = Layout(recipe, decoder, context_length, choose_schemes(recipe, decoder))
     names = decoder.names
     _add_embedding(layout)
     _add_rope(layout)
@@ -132,9 +134,9 @@ def lay_out(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> Layout
 
 def _add_embedding(layout: Layout) -> None:
     recipe, decoder = layout.recipe, layout.decoder
-    source = decoder.names.embedding
-    if recipe.embedding_bits:
-        layout.add_blocks(EMBEDDING, source, 0, (decoder.vocab, -1), recipe.embedding_bits)
+    source, bits = decoder.names.embedding, layout.schemes.embedding
+    if bits:
+        layout.add_blocks(EMBEDDING, source, 0, (decoder.vocab, -1), bits)
     else:
         layout.add_plain(EMBEDDING, source, FLOATS[recipe.quantization.embedding])
 
@@ -142,8 +144,8 @@ def _add_embedding(layout: Layout) -> None:
 def _add_head(layout: Layout) -> None:
     """The head's blocks; those of a tied embedding of the same bits are not stored twice."""
     recipe, decoder = layout.recipe, layout.decoder
-    bits, size = recipe.head_bits, recipe.quantization.block_size
-    if bits and decoder.is_tied and bits == recipe.embedding_bits:
+    bits, size = layout.schemes.head, recipe.quantization.block_size
+    if bits and decoder.is_tied and bits == layout.schemes.embedding:
         shape = (decoder.vocab, decoder.hidden // size, size * bits // 8)
         layout.share_blocks("lm_head.weight", EMBEDDING, shape, bits)
         return
@@ -166,7 +168,7 @@ def _add_layer(layout: Layout, layer: int) -> None:
         ("mlp.up_proj", gate_up, inner, inner, hidden),
         ("mlp.down_proj", names.down.format(layer), 0, hidden, inner),
     ):
-        bits = layout.recipe.linear_bits
+        bits = layout.schemes.layers[source]
         layout.add_linear(f"{prefix}.{name}.weight", source, start, rows, columns, bits)
     layout.add_plain(
         f"{prefix}.post_attention_layernorm.weight", names.mlp_norm.format(layer), io_dtype

@@ -2,9 +2,12 @@
 
 from typing import Literal
 
+import msgspec
+
 from toolkit.recipe import Quantization, Recipe
 
 BITS = {"int4": 4, "int8": 8}
+Kind = Literal["int4", "int8"]
 
 
 class OnnxQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -13,6 +16,8 @@ class OnnxQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_f
     `accuracy_level` 4 lets the CPU kernels multiply in int8; 0 leaves the choice to the runtime.
     `embedding` bf16 keeps the checkpoint's rows as they are, cast after the look-up; int4 and int8
     are blocks like the linears'. `head` fp16 or fp32 is the type of the activations, unquantized.
+    `overrides` go with int4: by module path as the checkpoint spells it, `*` stands for anything,
+    the last match counts, also before `embedding` and `head`.
     """
 
     precision: Literal["int4", "fp16", "fp32"]
@@ -21,6 +26,7 @@ class OnnxQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_f
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
     embedding: Literal["int4", "int8", "bf16", "fp16", "fp32"] = "bf16"
     head: Literal["int4", "int8", "fp16", "fp32"] = "int4"
+    overrides: dict[str, Kind] = msgspec.field(default_factory=dict)
 
 
 class OnnxRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="onnx"):

@@ -75,6 +75,8 @@ def rename(name: str) -> str:
 
 def _quantization_options(recipe: OnnxRecipe, decoder: Decoder) -> list[str]:
     wanted = recipe.quantization
+    if wanted.overrides:
+        raise _beyond(recipe, "quantization.overrides")
     if wanted.precision == "fp16" and recipe.provider == "cpu":
         raise _beyond(recipe, "quantization.precision: fp16 is written for cuda only, not for cpu")
     is_shared = decoder.is_tied and recipe.embedding_bits == recipe.head_bits == 4

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from toolkit.formats.openvino.layout import MAIN_FILE
 from toolkit.formats.openvino.recipe import OpenvinoRecipe
 from toolkit.formats.openvino.session import OpenvinoSession
 from toolkit.formats.openvino.tokenizer import write_tokenizer
+from toolkit.overrides import check_patterns, list_matrices
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
@@ -35,6 +36,8 @@ OVERHEAD_BYTES = 400_000_000
 def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     """PlanError when groups do not fill rows, or a tied head or an NPU rules the choice out."""
     recipe = cast(OpenvinoRecipe, recipe)
+    where = f"{recipe.name}: quantization.overrides"
+    check_patterns(where, recipe.quantization.overrides, decoder)
     _check_groups(recipe, decoder)
     _check_tied(recipe, decoder)
     if recipe.provider == "npu":
@@ -68,11 +71,15 @@ def _check_tied(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
 
 def _check_npu(recipe: OpenvinoRecipe) -> None:
     quantization = recipe.quantization
-    if quantization.precision == "int8":
-        raise PlanError(
-            f"{recipe.name}: quantization.precision: got int8, which has zero points; NPU drivers "
-            "take symmetric layers only; allowed int4, f16"
-        )
+    for key, kinds in (
+        ("precision", (quantization.precision,)),
+        ("overrides", quantization.overrides.values()),
+    ):
+        if "int8" in kinds:
+            raise PlanError(
+                f"{recipe.name}: quantization.{key}: got int8, which has zero points; NPU drivers "
+                "take symmetric layers only; allowed int4, f16"
+            )
     if quantization.has_int4 and not quantization.symmetric:
         raise PlanError(
             f"{recipe.name}: quantization.symmetric: got false; NPU drivers take symmetric int4 "
@@ -83,6 +90,17 @@ def _check_npu(recipe: OpenvinoRecipe) -> None:
             f"{recipe.name}: quantization.group_size: got {quantization.group_size}; NPU drivers "
             "take whole rows or groups of 128; allowed -1, 128"
         )
+
+
+def list_choices(recipe: Recipe, decoder: Decoder) -> dict[str, tuple[Any, ...]]:
+    """What overrides can say of each matrix, smallest first; an NPU takes no int8 layers."""
+    recipe = cast(OpenvinoRecipe, recipe)
+    if recipe.quantization.precision != "int4":
+        return {}
+    is_npu = recipe.provider == "npu"
+    found = dict.fromkeys(list_matrices(decoder), ("int4", "f16" if is_npu else "int8"))
+    outer = dict.fromkeys((decoder.names.embedding, decoder.head_name), ("int4", "int8"))
+    return {**found, **outer}
 
 
 def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:

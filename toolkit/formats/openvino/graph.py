@@ -21,9 +21,13 @@ MASKED = -65504.0  # the least float16: the mask may be computed in half precisi
 
 
 def lay_out(recipe: OpenvinoRecipe, decoder: Decoder) -> Layout:
-    """Place every constant. Behind the tensors stand small ones, which all layers share."""
+    """Place every constant. Behind the tensors stand small ones, which all layers share.
+
+    Without overrides one layer has all of them; with, a shape may be that of another layer alone.
+    """
     layout = layouts.lay_out(recipe, decoder)
-    _connect(recipe, replace(decoder, layers=1), layout)
+    layers = decoder.layers if recipe.quantization.overrides else 1
+    _connect(recipe, replace(decoder, layers=layers), layout)
     return layout
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from toolkit.decoder import Decoder
 from toolkit.formats.openvino.encoders import DTYPES, Asymmetric, Plain, Symmetric
 from toolkit.formats.openvino.recipe import Kind, OpenvinoQuantization, OpenvinoRecipe
+from toolkit.overrides import resolve
 from toolkit.stream import Constant, DataFile, Encoder, Piece
 
 MAIN_FILE = "openvino_model.xml"
@@ -112,6 +113,7 @@ def lay_out(recipe: OpenvinoRecipe, decoder: Decoder) -> Layout:
     quantization, names = recipe.quantization, decoder.names
     layout = Layout(quantization, decoder.shapes())
     kinds = {names.embedding: quantization.embedding, names.head: quantization.head}
+    kinds |= resolve(quantization.overrides, decoder)
     for name, shape in layout.shapes.items():
         if len(shape) == 1:
             layout.add_plain(name, "f32")

@@ -13,7 +13,9 @@ class OpenvinoQuantization(Quantization, frozen=True, kw_only=True, forbid_unkno
     """How weights are stored; `group_size` and `symmetric` matter for int4 only.
 
     `group_size` -1 is one group a row. int8 is always one range a row, with a zero point. What
-    `embedding` and `head` leave out is f16 beside f16 and int8 beside the others.
+    `embedding` and `head` leave out is f16 beside f16 and int8 beside the others. `overrides`: by
+    module path as the checkpoint spells it, `*` stands for anything, the last match counts, also
+    before `embedding` and `head`.
     """
 
     precision: Kind
@@ -21,6 +23,7 @@ class OpenvinoQuantization(Quantization, frozen=True, kw_only=True, forbid_unkno
     symmetric: bool = True
     embedding: Kind | None = None
     head: Kind | None = None
+    overrides: dict[str, Kind] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Fill in what depends on the precision."""
@@ -32,7 +35,7 @@ class OpenvinoQuantization(Quantization, frozen=True, kw_only=True, forbid_unkno
     @property
     def has_int4(self) -> bool:
         """True when any tensor is stored in 4 bits."""
-        return "int4" in (self.precision, self.embedding, self.head)
+        return "int4" in (self.precision, self.embedding, self.head, *self.overrides.values())
 
 
 class OpenvinoRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="openvino"):

@@ -80,6 +80,8 @@ def _find_norms(operations: list[Any]) -> dict[str, Any]:
 def _quantization_options(recipe: OpenvinoRecipe) -> list[str]:
     wanted = recipe.quantization
     outer = (wanted.embedding, wanted.head)
+    if wanted.overrides:
+        raise _beyond(recipe, "quantization.overrides")
     options = ["--weight-format", WEIGHT_FORMATS[wanted.precision]]
     if wanted.precision != "int4":
         if outer != (wanted.precision, wanted.precision):

@@ -1,0 +1,39 @@
+"""What rounding to the nearest makes of a checkpoint in a format, without writing an artifact."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+
+from toolkit.checkpoint import Checkpoint, to_float32
+from toolkit.quality.reference import Array
+from toolkit.quantize import grids
+from toolkit.stream import DataFile, Encoder, Piece
+
+PIECE_WEIGHTS = 1 << 22  # rounded at once, to bound memory
+
+
+def read_rounded(data: DataFile, checkpoint: Checkpoint) -> Iterator[tuple[str, Array]]:
+    """Yield (name, float32) of every tensor as the data file would hold it, in the file's order.
+
+    Float types are taken as they are: what they round away is nothing beside 8 bits.
+    """
+    for name, pieces in groupby(data.pieces, key=lambda piece: piece.tensor):
+        yield name, _round(checkpoint, name, list(pieces))
+
+
+def round_trip(encoder: Encoder, weights: Array) -> Array:
+    """What a runtime sees of weights [rows, columns] that this encoder rounds to the nearest."""
+    if not isinstance(encoder, grids.GridEncoder):
+        return weights
+    grid = encoder.fit(weights)
+    return grids.decode(grids.nearest(weights, grid, encoder.bits), grid)
+
+
+def _round(checkpoint: Checkpoint, name: str, pieces: Sequence[Piece]) -> Array:
+    rounded = np.empty(checkpoint.tensors[name].shape, np.float32)
+    rows = rounded.reshape(-1, rounded.shape[-1])
+    for piece in pieces:
+        for row, raw in checkpoint.read_rows(name, piece.start, piece.rows, PIECE_WEIGHTS):
+            rows[row : row + len(raw)] = round_trip(piece.encoder, to_float32(raw))
+    return rounded

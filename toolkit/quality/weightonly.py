@@ -1,0 +1,110 @@
+"""An artifact's weights in the reference forward: what its quantization alone costs.
+
+Neither its runtime nor its device takes part, only the reader that dequantizes its tensors. They
+come as a stream, and at most one layer of them is in memory.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import formats
+from toolkit.decoder import Decoder
+from toolkit.errors import ArtifactError
+from toolkit.quality import measures, reference
+from toolkit.quality.comparing import LOGIT_ROWS, Sequences, Source
+from toolkit.quality.measures import Comparison
+from toolkit.quality.reference import Array
+from toolkit.recipe import Engine
+
+# Starts to read an artifact from its beginning: (checkpoint name, float32), in the reader's order.
+Read = Callable[[], Iterator[tuple[str, NDArray[Any]]]]
+
+
+class ArtifactWeights:
+    """An artifact's tensors as a forward pass uses them: `Weights` of reference.py.
+
+    One layer, or one tensor of none, is held until another is asked for. A reader whose order is
+    the model's is read once; of what another yields too early, tensors of the layer in use are kept
+    and others read again. Of two tensors of one name, as a tied head may be stored apart from its
+    embedding, each use takes the next. ArtifactError when a tensor is missing.
+    """
+
+    def __init__(self, read: Read, decoder: Decoder) -> None:
+        self._read = read
+        self._coming = read()
+        self._layers = {
+            name: layer for layer in range(decoder.layers) for name in list_names(decoder, layer)
+        }
+        self._held: dict[str, Array] = {}
+        self._in_use: int | str | None = None
+
+    def look_up(self, name: str, ids: Sequence[int]) -> Array:
+        """Rows of a matrix, one for each id: float32 [len(ids), columns]."""
+        return self.read(name)[np.asarray(ids, np.intp)]
+
+    def project(self, name: str, inputs: Array) -> Array:
+        """Multiply [n, in] with the matrix [out, in]: float32 [n, out]."""
+        outputs: Array = inputs @ self.read(name).T
+        return outputs
+
+    def read(self, name: str) -> Array:
+        """A whole tensor, float32; not to be written to."""
+        part = self._part_of(name)
+        if part != self._in_use:
+            self._held.clear()
+            self._in_use = part
+        if name not in self._held:
+            self._read_until(name)
+        return self._held[name]
+
+    def _read_until(self, name: str) -> None:
+        for _ in range(2):  # from here to the end, then from the beginning
+            for found, weights in self._coming:
+                if self._part_of(found) == self._in_use:
+                    self._held[found] = weights
+                if found == name:
+                    return
+            self._coming = self._read()
+        raise ArtifactError(f"{name} is not in the artifact", advice="build the artifact again")
+
+    def _part_of(self, name: str) -> int | str:
+        """What is held together: a layer's tensors; another tensor by itself."""
+        return self._layers.get(name, name)
+
+
+def open_reader(format_name: str, engine: Engine, folder: Path, decoder: Decoder) -> Read:
+    """The reader of an artifact that phiship's own converter, or the vendor's, has written."""
+    is_native = engine == "native"
+    module = formats.get(format_name) if is_native else formats.get_vendor(format_name)
+    return partial(module.dequantize, folder, decoder)
+
+
+def list_names(decoder: Decoder, layer: int) -> list[str]:
+    """Names of a layer's tensors: its matrices and norms."""
+    names = decoder.names
+    kinds = (names.attention_norm, names.qkv, names.attention_out)
+    return [kind.format(layer) for kind in (*kinds, names.mlp_norm, names.gate_up, names.down)]
+
+
+def compare(read: Read, source: Source, sequences: Sequences) -> Comparison:
+    """Compare an artifact's weights with the source that has read the same sequences.
+
+    All sequences go through the layers together. ValueError as in reference.forward.
+    """
+    decoder = source.decoder
+    weights = ArtifactWeights(read, decoder)
+    states = reference.final_states_of(weights, decoder, sequences)
+    parts = []
+    for text, ids in enumerate(sequences):
+        for start in range(0, len(ids), LOGIT_ROWS):
+            rows = slice(start, min(start + LOGIT_ROWS, len(ids)))
+            own = source.logits(text, rows)
+            artifact = weights.project(decoder.head_name, states[text, rows])
+            next_id = ids[rows.stop] if rows.stop < len(ids) else None
+            parts.append(measures.compare_logits(own, artifact, ids[rows], next_id))
+    return measures.join(parts)
