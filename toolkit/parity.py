@@ -213,7 +213,7 @@ def _show(title: str, parity: Parity, console: Console) -> None:
     for name, found in parity.classes.items():
         console.event("tensors", kind=name, **vars(found))
     for side in parity.sides:
-        console.event("engine", **_flatten(side))
+        console.event("engine", recipe=title, **_flatten(side))
     console.event("logits", kl=parity.between.mean_kl, top1=parity.between.top1)
     rows = [
         [name, str(d.tensors), _say_equal(d), f"{d.max_difference:.3g}", f"{d.max_weight:.3g}"]

@@ -6,7 +6,7 @@ from typing import NoReturn
 import click
 
 from toolkit import __version__
-from toolkit.cli import building, devices, exporting, measuring, serving
+from toolkit.cli import building, devices, exporting, measuring, reporting, serving
 from toolkit.cli.options import OrderedGroup
 from toolkit.console import Console
 from toolkit.errors import PhishipError
@@ -44,6 +44,7 @@ for _command in (
     *(building.build_command, building.check_command),
     *(devices.deploy_command, serving.run_command, serving.serve_command),
     *(measuring.bench_command, measuring.tune_command, measuring.compare_command),
+    reporting.report_command,
     *(devices.rollback_command, devices.probe_command),
     *(devices.status_command, devices.history_command, devices.logs_command),
     *(devices.unlock_command, devices.uninstall_command, devices.trust_command),

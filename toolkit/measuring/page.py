@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import __version__
-from toolkit.errors import BuildError
 from toolkit.measuring.agreement import split_differences
 from toolkit.measuring.compare import (
     PAIR_HEADERS,
@@ -15,32 +14,26 @@ from toolkit.measuring.compare import (
     list_side,
 )
 from toolkit.measuring.sides import Side
+from toolkit.pages import render, write_whole
 
 TEMPLATE = "compare.html.j2"
 
 
 def write_page(comparison: Comparison, path: Path) -> None:
     """Write the page; BuildError when that fails."""
-    try:
-        path.write_text(render_page(comparison), "utf-8")
-    except OSError as error:
-        raise BuildError(f"{path}: cannot be written: {error.strerror}") from None
+    write_whole(render_page(comparison), path)
 
 
 def render_page(comparison: Comparison) -> str:
     """Return the page; whatever a model or a server wrote is escaped."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     sides, count = comparison.sides, len(comparison.prompts)
     asked = [
         (prompt.title, [_describe_answer(comparison, side, number) for side in sides])
         for number, prompt in enumerate(comparison.prompts)
     ]
-    return environment.get_template(TEMPLATE).render(
+    return render(
+        Path(__file__).parent,
+        TEMPLATE,
         version=__version__,
         when=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         asking=comparison.asking,
