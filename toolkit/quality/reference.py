@@ -232,13 +232,11 @@ class CheckpointWeights:
 
     def project(self, name: str, inputs: Array) -> Array:
         """Multiply [n, in] with the tensor [out, in], piece by piece: [n, out]."""
-        rows = self._checkpoint.tensors[name].shape[0]
-        # Transposed, so that a piece's output is contiguous: up to twice as fast in BLAS.
-        outputs = np.empty((rows, len(inputs)), np.float32)
+        outputs = np.empty((len(inputs), self._checkpoint.tensors[name].shape[0]), np.float32)
         for row, raw in self._checkpoint.read_rows(name, piece=PIECE_WEIGHTS):
-            np.matmul(to_float32(raw), inputs.T, out=outputs[row : row + len(raw)])
+            np.matmul(inputs, to_float32(raw).T, out=outputs[:, row : row + len(raw)])
             self._advance(raw.nbytes)
-        return np.ascontiguousarray(outputs.T)
+        return outputs
 
 
 def check_ids(decoder: Decoder, ids: Sequence[int]) -> None:
