@@ -36,7 +36,7 @@ from toolkit.stream import Encoder
 CHOICE_TOKENS = 128
 PREDICTION_TOKENS = 512
 LENGTH = 128
-GPTQ_GAIN = 0.35  # docs/quality.md; 0.34 to 0.36 on all grids of 4 bits
+GPTQ_GAIN = 0.35  # 0.26 to 0.27 by weights alone (docs/decisions/0012-gptq.md), and some caution
 SAMPLE_ROWS, SAMPLES = 64, 8  # of each matrix, to compare the errors of types
 
 
