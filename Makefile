@@ -19,7 +19,7 @@ help:
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml build_kernels.py $(wildcard toolkit/quantize/*.c)
+$(VENV)/ready: pyproject.toml build_kernels.py $(wildcard toolkit/quantize/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'

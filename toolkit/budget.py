@@ -72,6 +72,11 @@ def fit_budget(
                 *counts,
             ]
         )
+    if mix.gate_kl > mix.recipe.check.max_kl:
+        console.note(
+            f"the gate may refuse it: predicted is a mean KL of {mix.gate_kl:.3g}, its limit "
+            f"{mix.recipe.check.max_kl:g}"
+        )
     for kind, some in names.items():
         if kind != OWN_TYPE:
             console.note(f"{kind}: {', '.join(some)}")
@@ -107,6 +112,11 @@ def reach(mixture: Mixture, limit: float) -> Mix:
     PlanError when the finest mix does not.
     """
     rounding_kl = ROUNDING_KL.get(mixture.recipe.format, 0.0)
+    if not 0 < limit <= mixture.recipe.check.max_kl:
+        raise PlanError(
+            f"--max-kl: got {limit:g}; {mixture.recipe.name}: check.max_kl allows "
+            f"{mixture.recipe.check.max_kl:g} at most"
+        )
     target = wanted = max(limit * MARGIN - rounding_kl, limit / 2)
     fits, fails = 0.0, math.inf
     fitting: list[Mix] = []
@@ -124,21 +134,31 @@ def reach(mixture: Mixture, limit: float) -> Mix:
         wanted = add_up(mixture.options, steps) * target / max(mix.worst_kl, LEAST_KL)
         if not fits < wanted < fails:
             wanted = math.sqrt(fits * fails)
-    found = min(fitting, key=lambda mix: mix.size_bytes) if fitting else _finest(mixture, limit)
+    if fitting:
+        found = min(fitting, key=lambda mix: mix.size_bytes)
+    else:
+        found = _finest(mixture, limit, target, rounding_kl)
     limits = msgspec.structs.replace(found.recipe.check, max_kl=limit)
     return replace(found, recipe=msgspec.structs.replace(found.recipe, check=limits))
 
 
-def _finest(mixture: Mixture, limit: float) -> Mix:
+def _finest(mixture: Mixture, limit: float, target: float, rounding_kl: float) -> Mix:
     finest = mixture.predict(choose(mixture.options))
-    if finest.worst_kl > limit:
+    if finest.worst_kl > target:
+        reachable = min((finest.worst_kl + rounding_kl) / MARGIN, 2 * finest.worst_kl)
         raise PlanError(
             f"--max-kl {limit:g}: the finest mix of {mixture.recipe.name}, "
             f"{format_bytes(finest.size_bytes)}, is predicted to have a mean KL of "
-            f"{finest.worst_kl:.3g}",
-            advice=f"give --max-kl {finest.worst_kl / MARGIN:.2g} or more",
+            f"{finest.worst_kl:.3g}, and some is kept for its runtime",
+            advice=f"give --max-kl {round_up(reachable)} or more",
         )
     return finest
+
+
+def round_up(value: float) -> str:
+    """Two digits that are no less."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / step) * step:.2g}"
 
 
 def choose(

@@ -10,12 +10,12 @@ from importlib import metadata
 from pathlib import Path
 
 from toolkit import __version__, artifact, formats
-from toolkit.artifact import Manifest, Quality, Runtime, Source
+from toolkit.artifact import Calibration, Manifest, Quality, Runtime, Source
 from toolkit.check import run_checks
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console, format_bytes
 from toolkit.convert import convert
-from toolkit.errors import ArtifactError, BuildError, PhishipError, PlanError
+from toolkit.errors import ArtifactError, BuildError, PhishipError, PlanError, SettingsError
 from toolkit.export import (
     LOCK_KEY,
     check_disk,
@@ -89,21 +89,30 @@ def build_all(
 
 def choose_method(
     recipes: Sequence[Recipe], checkpoint: Checkpoint, method: Method | None,
-    equalize: bool | None, console: Console,
+    equalize: bool | None, text: Path | None, console: Console,
 ) -> list[Recipe]:  # fmt: skip
-    """Have codes chosen another way; of several recipes those without codes stay as they are."""
+    """Have codes chosen another way; of several recipes those without codes stay as they are.
+
+    SettingsError when a calibration text is given that none of them takes.
+    """
     decoder = read_decoder(checkpoint.config)
     chosen = []
     for recipe in recipes:
         changed = recipe.with_codes(method, equalize)
-        try:
-            make_plan(changed, decoder)
-        except PlanError as error:
-            if len(recipes) == 1:
-                raise
-            console.note(f"{error}; it is built as its recipe says")
-            changed = recipe
+        if changed != recipe:
+            try:
+                make_plan(changed, decoder)
+            except PlanError as error:
+                if len(recipes) == 1:
+                    raise
+                console.note(f"{error}; its recipe is taken as it is")
+                changed = recipe
         chosen.append(changed)
+    if text and not any(one.quantization.is_calibrated for one in chosen):
+        raise SettingsError(
+            f"--calibration {text}: what is built chooses no codes on a text",
+            advice="give --method gptq or --equalize too",
+        )
     return chosen
 
 
@@ -170,10 +179,12 @@ def _is_same(job: Job, options: Options) -> bool:
         found = artifact.read_manifest(job.final)
     except ArtifactError:
         found = None
-    made = found and (found.plan_digest, found.source, found.calibration)
-    if found and made == (job.plan.digest, job.source, job.calibration):
+    made = found and (found.plan_digest, found.source, _digest(found.calibration))
+    if found and made == (job.plan.digest, job.source, _digest(job.calibration)):
         if not _has_same_vendor(found, job.plan.recipe):
             difference = "another version of the vendor's tools made it"
+        elif found.quality.checked and found.limits != job.plan.recipe.check:
+            difference = "it was checked against other limits"
         elif found.quality.checked or not options.check:
             return True
         else:
@@ -186,6 +197,11 @@ def _is_same(job: Job, options: Options) -> bool:
         f"{job.final} exists and differs: {difference}",
         advice="choose another --out, remove it, or give --replace",
     )
+
+
+def _digest(calibration: Calibration | None) -> str:
+    """What of a calibration text decides the codes: its ids, whatever the file is called."""
+    return calibration.digest if calibration else ""
 
 
 def _has_same_vendor(found: Manifest, recipe: Recipe) -> bool:

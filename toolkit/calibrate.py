@@ -6,7 +6,7 @@ place. Only the activations at the last layer boundary are needed to go on, so t
 killed build leaves on disk; which tasks were done says the artifact's journal.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from toolkit.recipe import Quantization
 from toolkit.stream import Output, Piece, list_tasks
 
 STATE = ".calibration-{}.npy"  # the layer whose inputs it holds
+PARTIAL = ".calibration.partial"
 SAMPLED_ROWS = 256  # of a matrix, to look for its columns' scales
 
 
@@ -74,8 +75,8 @@ class Calibrated:
     def finish_layer(self) -> None:
         """Note everything written as done: a layer's scales belong together."""
         self.done.update(self._written)
-        for number in self._written:
-            self.output.record(number)
+        if self._written:
+            self.output.record(self._written)
         self._written.clear()
 
 
@@ -117,43 +118,52 @@ def sum_up(inputs: Array) -> Inputs:
 
 def calibrate(
     checkpoint: Checkpoint, decoder: Decoder, text: Text, artifacts: Sequence[Calibrated],
-    folder: Path, advance: Advance,
+    folders: Sequence[Path], advance: Advance,
 ) -> None:  # fmt: skip
     """Choose and write the codes of every matrix of every artifact but the embedding's.
 
-    Also every other weight that equalization changes. `folder` keeps the state of a killed run.
-    `advance` is told the bytes of weights: those of `bytes_to_do` in all. An artifact that cannot
-    be written gets its `error`; CheckpointError when the activations are not finite.
+    Also every other weight that equalization changes. A killed run's state is looked for in all
+    `folders` and kept in the first; at the end none is left. `advance` is told the bytes of
+    weights: those of `bytes_to_do` in all, and at once those that an earlier run has done. An
+    artifact that cannot be written gets its `error`; CheckpointError when the activations are not
+    finite.
     """
     run = _Run(checkpoint, decoder, artifacts, advance)
     watched = _Watched(checkpoint, advance)
-    first, hidden = _resume(watched, decoder, text, folder, run.first_open_layer())
     rotation = reference.rotary_tables(decoder.rope, text.length)
+    needed = run.first_open_layer()
+    if run.is_done(needed):
+        advance(bytes_to_do(checkpoint, decoder, artifacts))
+        _remove_states(folders)
+        return
+    first, hidden = _resume(watched, decoder, text, folders, needed)
+    advance(first * _layer_bytes(checkpoint, decoder) * (1 + len(artifacts)))
     for layer in range(first, decoder.layers):
+        if all(artifact.error for artifact in artifacts):
+            break
         watched.inputs = {} if run.wants(layer_matrices(decoder, layer)) else None
         hidden = reference.run_layer(watched, decoder, layer, hidden, rotation)
         if watched.inputs is not None:
             run.do_layer(layer, watched.inputs)
-        _save(folder, layer + 1, hidden)
+        _save(folders, layer + 1, hidden)
     watched.inputs = None
     if not decoder.is_tied and run.wants([decoder.head_name]):
         states = hidden.reshape(-1, decoder.hidden)
         norm = watched.read(decoder.names.final_norm)
         inputs = sum_up(reference.normalize(norm, states, decoder.norm_epsilon))
         run.do_matrices({decoder.head_name: inputs}, [Scales() for _ in artifacts])
-    for path in _states(folder):
-        path.unlink()
+    _remove_states(folders)
 
 
 def bytes_to_do(checkpoint: Checkpoint, decoder: Decoder, artifacts: Sequence[Calibrated]) -> int:
     """Bytes of weights that `calibrate` reports: each once for the text, once an artifact."""
-    layers = sum(
-        checkpoint.tensors[name].nbytes
-        for layer in range(decoder.layers)
-        for name in layer_matrices(decoder, layer)
-    )
+    layers = decoder.layers * _layer_bytes(checkpoint, decoder)
     head = 0 if decoder.is_tied else checkpoint.tensors[decoder.head_name].nbytes
     return layers + len(artifacts) * (layers + head)
+
+
+def _layer_bytes(checkpoint: Checkpoint, decoder: Decoder) -> int:
+    return sum(checkpoint.tensors[name].nbytes for name in layer_matrices(decoder, 0))
 
 
 def layer_matrices(decoder: Decoder, layer: int) -> tuple[str, str, str, str]:
@@ -184,12 +194,14 @@ class _Run:
         open_layers = (n for n in layers if self.wants(layer_matrices(self.decoder, n)))
         return next(open_layers, self.decoder.layers)
 
+    def is_done(self, needed: int) -> bool:
+        """True when neither the layers nor the head wait for anything."""
+        has_head = not self.decoder.is_tied and self.wants([self.decoder.head_name])
+        return needed == self.decoder.layers and not has_head
+
     def do_layer(self, layer: int, inputs: dict[str, Inputs]) -> None:
         """Write all tensors of a layer that calibration changes."""
-        scales = [
-            self._equalize(layer, inputs, artifact) if artifact.quantization.equalize else Scales()
-            for artifact in self.artifacts
-        ]
+        scales = [self._find_scales(layer, inputs, artifact) for artifact in self.artifacts]
         for artifact, chosen in zip(self.artifacts, scales, strict=True):
             for name, norm in chosen.norms.items():
                 self._write(artifact, name, None, chosen, norm)
@@ -244,6 +256,18 @@ class _Run:
         if piece.tensor in scales.rows:
             rows *= scales.rows[piece.tensor][piece.start : piece.start + piece.rows, None]
         return rows
+
+    def _find_scales(self, layer: int, inputs: dict[str, Inputs], artifact: Calibrated) -> Scales:
+        """A layer's scales for one artifact: none where it asks for none, or has all it needs."""
+        is_open = any(map(artifact.open_tasks, layer_matrices(self.decoder, layer)))
+        if not (artifact.quantization.equalize and is_open):
+            return Scales()
+        try:
+            return self._equalize(layer, inputs, artifact)
+        except ValueError as error:
+            where = f"{self.checkpoint.folder}: layer {layer}"
+            artifact.error = CheckpointError(f"{where}: equalization: {error}")
+            return Scales()
 
     def _equalize(self, layer: int, inputs: dict[str, Inputs], artifact: Calibrated) -> Scales:
         """Find the scales of one layer for one artifact's grids.
@@ -304,21 +328,22 @@ def _encode(
         grid = fit_together(encoder, stretched)
         codes = nearest(stretched, grid, encoder.bits)
     else:
-        importance = curvature.importance
-        weighted = importance if stretch is None else importance / stretch**2
+        weighted = curvature.damped_importance
+        if stretch is not None:
+            weighted = weighted / stretch**2
         grid = fit_together(encoder, stretched, weighted)
         codes = choose_codes(rows, grid, encoder.bits, curvature, stretch)
     encoder.write_codes(descriptor, codes, grid, piece.first, piece.offsets)
 
 
 def _resume(
-    watched: _Watched, decoder: Decoder, text: Text, folder: Path, needed: int
+    watched: _Watched, decoder: Decoder, text: Text, folders: Sequence[Path], needed: int
 ) -> tuple[int, Array]:
     """A layer not behind the needed one, and its inputs [texts, n, hidden].
 
     The newest that a killed run has left; else the first layer's.
     """
-    for path in _states(folder):
+    for path in _states(folders):
         if (layer := _layer_of(path)) <= needed:
             return layer, np.load(path)
     for ids in text.sequences:
@@ -327,21 +352,28 @@ def _resume(
     return 0, np.stack([watched.look_up(name, ids) for ids in text.sequences])
 
 
-def _save(folder: Path, layer: int, hidden: Array) -> None:
-    """Keep the inputs of a layer, in place of those of the layer before."""
-    old = list(_states(folder))
-    partial = folder / ".calibration.partial"
+def _save(folders: Sequence[Path], layer: int, hidden: Array) -> None:
+    """Keep the inputs of a layer, in place of those of other layers."""
+    partial, state = folders[0] / PARTIAL, folders[0] / STATE.format(layer)
     with partial.open("wb") as file:
         np.save(file, hidden)
-    partial.rename(folder / STATE.format(layer))
-    for path in old:
+    partial.replace(state)
+    for path in _states(folders):
+        if path != state:
+            path.unlink()
+
+
+def _states(folders: Sequence[Path]) -> list[Path]:
+    """Saved states, the newest first; killed runs leave some in the folders of their artifacts."""
+    found = (path for folder in folders for path in folder.glob(STATE.format("*")))
+    return sorted(found, key=_layer_of, reverse=True)
+
+
+def _remove_states(folders: Sequence[Path]) -> None:
+    for path in _states(folders):
         path.unlink()
-
-
-def _states(folder: Path) -> Iterator[Path]:
-    """Saved states, the newest first: two when a run was killed between writing and removing."""
-    found = folder.glob(STATE.format("*"))
-    return iter(sorted(found, key=_layer_of, reverse=True))
+    for folder in folders:
+        (folder / PARTIAL).unlink(missing_ok=True)
 
 
 def _layer_of(state: Path) -> int:

@@ -28,7 +28,7 @@ def convert(jobs: Sequence[Job], staged: Mapping[str, Staging], building: Buildi
     texts = {job.text.digest: job.text for job in jobs if job.text}
     for text in texts.values():
         same = [job for job in jobs if job.text == text and job.name in outputs]
-        for name in _calibrate(same, text, outputs, staged, building):
+        for name in _calibrate(same, text, outputs, staged, building) if same else ():
             del outputs[name]
     if outputs:
         _stream([job for job in jobs if job.name in outputs], outputs, staged, building)
@@ -44,12 +44,17 @@ def _calibrate(
     artifacts = [
         Calibrated(outputs[job.name], job.plan.recipe.quantization, done[job.name]) for job in jobs
     ]
-    with building.report.step("calibrate") as step, _Clock() as clock:
-        total_bytes = bytes_to_do(checkpoint, decoder, artifacts)
-        label = f"calibrate {_title(jobs, building)}"
-        with building.console.progress(label, total_bytes) as advance:
-            calibrate(checkpoint, decoder, text, artifacts, staged[jobs[0].name].folder, advance)
-        step.measured = f"{text.count} tokens of {text.name}, {clock.spent_s:.1f} s of CPU"
+    folders = [staged[job.name].folder for job in jobs]
+    try:
+        with building.report.step("calibrate") as step, _Clock() as clock:
+            total_bytes = bytes_to_do(checkpoint, decoder, artifacts)
+            label = f"calibrate {_title(jobs, building)}"
+            with building.console.progress(label, total_bytes) as advance:
+                calibrate(checkpoint, decoder, text, artifacts, folders, advance)
+            step.measured = f"{text.count} tokens of {text.name}, {clock.spent_s:.1f} s of CPU"
+    except (PhishipError, OSError) as error:  # what concerns them all
+        for artifact in artifacts:
+            artifact.error = artifact.error or _explain(error)
     for job, artifact in zip(jobs, artifacts, strict=True):
         outputs[job.name] = replace(outputs[job.name], done=artifact.done)
         _note(job.name, artifact.error, building)
@@ -77,6 +82,10 @@ def _stream(
             step.measured += ", less what a killed build had finished"
     for index, error in errors.items():
         _note(list(outputs)[index], error, building)
+
+
+def _explain(error: PhishipError | OSError) -> PhishipError:
+    return error if isinstance(error, PhishipError) else fileio.explain_write_error(error)
 
 
 def _title(jobs: Sequence[Job], building: Building) -> str:

@@ -26,7 +26,7 @@ RUNNER_BYTES = 1_000_000
 MOST_WORKERS = 8
 SHOWN_RECIPES = 5
 FLOAT_BYTES = 4
-FACTORS = 6  # a matrix's gram, its factors and the copies on the way, together with some rows
+FACTORS = 8  # a matrix's gram, its factors, NumPy's float64 on the way, and some rows
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def make_plan(
     module = formats.get(recipe.format)
     module.check_shape(recipe, decoder)
     data = module.lay_out(recipe, decoder, context)
-    _check_codes(recipe, data)
+    _check_codes(recipe, decoder, data)
     plan = Plan(
         recipe=recipe,
         decoder=decoder,
@@ -142,7 +142,7 @@ def _calibration_bytes(decoder: Decoder, tokens: int) -> int:
     return FLOAT_BYTES * (grams + max(gate, factors))
 
 
-def _check_codes(recipe: Recipe, data: DataFile) -> None:
+def _check_codes(recipe: Recipe, decoder: Decoder, data: DataFile) -> None:
     """PlanError when codes are to be chosen on a text, and there are none, or others choose."""
     if not recipe.quantization.is_calibrated:
         return
@@ -150,11 +150,13 @@ def _check_codes(recipe: Recipe, data: DataFile) -> None:
     where = f"{recipe.name}: quantization.{asked}"
     if recipe.engine != "native":
         raise PlanError(f"{where}: the vendor's engine chooses its own codes; use engine: native")
-    coded = [piece.encoder for piece in data.pieces if isinstance(piece.encoder, GridEncoder)]
+    # The embedding is looked up, not multiplied: there is nothing to choose its codes by.
+    matrices = [p.encoder for p in data.pieces if p.tensor != decoder.names.embedding]
+    coded = [encoder for encoder in matrices if isinstance(encoder, GridEncoder)]
     if not any(encoder.bits <= MOST_BITS for encoder in coded):
         raise PlanError(
-            f"{where}: its weights have no codes of {MOST_BITS} bits or fewer",
-            advice="leave it out: rounded to the nearest they lose nothing that shows",
+            f"{where}: its matrices have no codes of {MOST_BITS} bits or fewer that can be chosen",
+            advice="leave it out",
         )
 
 

@@ -1,6 +1,6 @@
 """A recipe: what to build. Each format adds its own fields in formats/<name>/recipe.py."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -22,7 +22,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     method: Method = "rtn"
     equalize: bool = False
-    calibration_tokens: int = 8192
+    calibration_tokens: Annotated[int, msgspec.Meta(ge=2)] = 8192
 
     @property
     def is_calibrated(self) -> bool:

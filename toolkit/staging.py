@@ -9,7 +9,7 @@ power cut the folder is thrown away.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,9 +40,9 @@ class Staging:
         """True when a killed build's work is gone on with."""
         return bool(self.done)
 
-    def record(self, task: int) -> None:
-        """Note a finished task, for the case that this process is killed."""
-        os.write(self._journal, f"{task}\n".encode())
+    def record(self, tasks: Sequence[int]) -> None:
+        """Note finished tasks, all or none of them, for the case that this process is killed."""
+        os.write(self._journal, "".join(f"{task}\n" for task in tasks).encode())
 
     def discard(self) -> None:
         """Remove the folder, unless it was published."""

@@ -86,19 +86,23 @@ def write_rows(descriptor: int, rows: NDArray[Any], row: int, offset: int) -> No
     fileio.write_at(descriptor, view, offset + row * (len(view) // len(rows)))
 
 
+def _forget(_: Sequence[int]) -> None:
+    """Keeps no journal."""
+
+
 @dataclass(frozen=True)
 class Output:
     """A data file to fill: already at its full size, `base` is the length of its header.
 
     `done` holds the numbers of the tasks that an earlier, killed run finished; `record` is told the
-    number of each that is finished now.
+    numbers of those that are finished now, together where they belong together.
     """
 
     data: DataFile
     path: Path
     base: int = 0
     done: Container[int] = ()
-    record: Advance = ignore
+    record: Callable[[Sequence[int]], None] = _forget
 
 
 def stream(
@@ -202,7 +206,7 @@ class _Work:
     def finish(self, task: Task, read_bytes: int) -> None:
         """Note that a task is done."""
         with self._lock:
-            self.outputs[task.output].record(task.number)
+            self.outputs[task.output].record([task.number])
             self.advance(read_bytes)
 
     def give_up(self, task: Task, error: PhishipError) -> None:

@@ -54,7 +54,13 @@ def test_it_needs_no_runtime(
         monkeypatch.setitem(sys.modules, module, None)
     report = check(folder, example)
     assert report.ok
-    assert [step.name for step in report.steps] == ["files", "source", "text", "weights", "matrices"]
+    assert [step.name for step in report.steps] == [
+        "files",
+        "source",
+        "text",
+        "weights",
+        "matrices",
+    ]
 
 
 def test_every_matrix_is_an_event(artifacts: dict[str, Path], example: Path) -> None:

@@ -126,6 +126,12 @@ def test_inputs_that_never_fire(way):
     inputs[:, :32] = 0
     codes = gptq.choose_codes(weights, grid, 4, gptq.factor(inputs.T @ inputs))
     assert np.array_equal(codes[:, :32], nearest(weights, grid, 4)[:, :32])
+    # ggml searches by importance, and would drop what has none at all.
+    for kind in (GgmlType.Q4_0, GgmlType.Q4_K, GgmlType.Q6_K, GgmlType.IQ4_XS):
+        encoder, found = GridBlocks(kind), gptq.factor(inputs.T @ inputs)
+        searched = encoder.fit(weights, found.damped_importance)
+        values = decode(gptq.choose_codes(weights, searched, encoder.bits, found), searched)
+        assert np.square(values - weights)[:, :32].mean() < 0.15, kind
     zero = gptq.factor(np.zeros((COLUMNS, COLUMNS), np.float32))
     assert np.array_equal(gptq.choose_codes(weights, grid, 4, zero), nearest(weights, grid, 4))
 

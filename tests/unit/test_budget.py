@@ -1,6 +1,7 @@
 """Budgets: the choice on costs made by hand, and on small checkpoints of every format."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tests.formats.writing import write_artifact
 from tests.quality.artifacts import FORMATS, Case, make_recipe
 from toolkit import budget, catalog, formats, mixing
+from toolkit.artifact import Limits
 from toolkit.budget import Budget, choose, fit_budget
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
@@ -161,7 +163,8 @@ def test_a_size_is_used_and_kept(kind: str, mixtures: Mixtures, case: Case, tmp_
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_kl_is_reached_and_becomes_the_limit(kind: str, mixtures: Mixtures) -> None:
-    mixture = mixtures[kind]
+    lenient = msgspec.structs.replace(mixtures[kind].recipe, check=Limits(max_kl=10))
+    mixture = replace(mixtures[kind], recipe=lenient)
     coarse, fine = mixture.predict([]), mixture.predict(choose(mixture.options))
     limit = (coarse.worst_kl * fine.worst_kl) ** 0.5
     mix = budget.reach(mixture, limit)
@@ -172,6 +175,20 @@ def test_a_kl_is_reached_and_becomes_the_limit(kind: str, mixtures: Mixtures) ->
     assert loose.size_bytes == mixture.smallest.artifact_bytes
     with pytest.raises(PlanError, match=r"--max-kl 1e-07: the finest mix of x, .* a mean KL of "):
         budget.reach(mixture, 1e-7)
+
+
+@pytest.mark.parametrize("limit", [0.2, float("inf"), float("nan")])
+def test_a_limit_looser_than_the_recipes_is_refused(limit: float, mixtures: Mixtures) -> None:
+    with pytest.raises(PlanError, match=r"--max-kl: got .*; x: check\.max_kl allows 0\.1 at most"):
+        budget.reach(mixtures["onnx"], limit)
+
+
+def test_what_is_advised_is_no_less() -> None:
+    assert [budget.round_up(value) for value in (0.01201, 0.5, 3.14e-5)] == [
+        "0.013",
+        "0.5",
+        "3.2e-05",
+    ]
 
 
 def test_the_same_comes_twice(case: Case, mixtures: Mixtures) -> None:

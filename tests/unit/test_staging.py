@@ -28,7 +28,7 @@ def leave_behind(
         with stage(out, name, key) as left:
             (left.folder / "data").write_bytes(b"half")
             for task in tasks:
-                left.record(task)
+                left.record([task])
     return left.folder
 
 
@@ -41,7 +41,7 @@ def test_a_killed_builds_work_is_gone_on_with(
         assert found.done == {0, 3, 7}
         assert (found.folder / "data").read_bytes() == b"half"
         assert not stale.exists()
-        found.record(4)
+        found.record([4])
         assert (found.folder / JOURNAL).read_text().splitlines()[1:] == ["0", "3", "7", "4"]
     assert not list(tmp_path.iterdir())
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -192,7 +192,7 @@ def test_a_mistake_in_one_worker_ends_all(
     data = replace(slow, pieces=(replace(first, encoder=Break()), *others))
     fileio.reserve(tmp_path / "data", data.size_bytes)
     recorded: list[int] = []
-    output = stream.Output(data, tmp_path / "data", record=recorded.append)
+    output = stream.Output(data, tmp_path / "data", record=recorded.extend)
     with pytest.raises(RuntimeError, match="a mistake"):
         stream.stream(checkpoint, [output], workers, lambda _: None)
     assert len(recorded) < data.weights // SMALL_TASK_WEIGHTS / 2
@@ -202,8 +202,8 @@ def test_a_task_that_cannot_be_recorded_ends_all(checkpoint: Checkpoint, tmp_pat
     data = lay_out(checkpoint, Copy())
     told: list[int] = []
 
-    def record(number: int) -> None:
-        told.append(number)
+    def record(numbers: Sequence[int]) -> None:
+        told.extend(numbers)
         raise OSError("no space for the journal")
 
     fileio.reserve(tmp_path / "data", data.size_bytes)
@@ -218,7 +218,7 @@ def test_one_worker_tells_at_a_time(checkpoint: Checkpoint, tmp_path: Path) -> N
     inside: list[str] = []
     most: list[int] = []
 
-    def tell(_: int) -> None:
+    def tell(_: object) -> None:
         inside.append("here")
         time.sleep(0.001)  # hands over to another thread
         most.append(len(inside))
@@ -349,7 +349,7 @@ def test_tasks_that_were_done_before_are_left_out(
         path.unlink(missing_ok=True)
         fileio.reserve(path, data.size_bytes)
         recorded = []
-        output = stream.Output(data, path, done=done, record=recorded.append)
+        output = stream.Output(data, path, done=done, record=recorded.extend)
         stream.stream(checkpoint, [output], workers, lambda _: None)
     assert sorted(recorded) == list(range(0, 2 * len(recorded), 2))
     assert len(recorded) > 3

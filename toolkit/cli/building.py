@@ -126,8 +126,8 @@ def build_command(
         opened = open_source(checkpoint, console)
         recipes = recipes or list_recipes(opened, checkpoint, kinds)
         recipes = [one.with_engine(engine) if engine else one for one in recipes]
-        if method or equalize is not None:
-            recipes = choose_method(recipes, opened, method, equalize, console)
+        text = None if budget else calibration
+        recipes = choose_method(recipes, opened, method, equalize, text, console)
         if budget:
             mix = fit_budget(
                 recipes[0], opened, budget, console, report, context_length=context,
@@ -148,7 +148,7 @@ def build_command(
 @click.option("--checkpoint", help="Source checkpoint; without, the one the manifest names.")
 @click.option(
     "--text",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=click.Path(path_type=Path, dir_okay=False),
     help="Plain text, or chats as .jsonl, one a line; without, a part of Python's manual.",
 )
 @click.option(

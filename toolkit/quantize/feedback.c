@@ -8,12 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
-#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EACH_CPU
-#endif
-#define INLINE static inline __attribute__((always_inline))
+#include "cpu.h"
 
 #define LANES 16
 #define MOST_COLUMNS 64 /* gptq.py: BLOCK_COLUMNS */

@@ -44,6 +44,12 @@ class Curvature:
     descent: Floats
     damping: float
 
+    @property
+    def damped_importance(self) -> Floats:
+        """For formats that search by importance: no column's errors count nothing at all."""
+        damped: Floats = self.importance + np.float32(self.damping) * self.importance.mean()
+        return damped
+
 
 def factor(gram: Floats) -> Curvature:
     """Take apart G = X'X, float32 [columns, columns].

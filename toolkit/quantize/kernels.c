@@ -14,12 +14,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
-#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EACH_CPU
-#endif
-#define INLINE static inline __attribute__((always_inline))
+#include "cpu.h"
 
 /* Whether fmaf is an instruction; where it is not, it takes longer than a division. */
 #if defined(FP_FAST_FMAF)

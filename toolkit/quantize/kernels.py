@@ -1,9 +1,10 @@
 """The two loops that see every weight, the range of each group and its codes, and rounding.
 
-Compiled from kernels.c when the package is built; where no compiler was found, NumPy does the same
-more slowly (`python -m bench.quantizer`). What is per group, scales and zero points, the module of
-the vendor whose numbers are matched computes between the two: `mlas`, `nncf`, `mlx`. For two of
-their grids the compiled kernel does all three in one call, `quantize_groups`.
+Compiled from the .c files here when the package is built; where no compiler was found, NumPy does
+the same more slowly (`python -m bench.quantizer`). What is per group, scales and zero points, the
+module of the vendor whose numbers are matched computes between the two: `mlas`, `nncf`, `mlx`. For
+two of their grids the compiled kernel does all three in one call, `quantize_groups`. What gptq.py
+calls is here too.
 """
 
 import ctypes
