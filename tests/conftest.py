@@ -1,6 +1,11 @@
 """Fixtures for all tests: the bundled example and the artifacts made of it."""
 
 import os
+
+# Before NumPy is loaded, and for the programs under test: workers side by side that each wake a
+# thread for every core wait for each other, minutes in all.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -11,16 +11,23 @@ from toolkit.artifact import Chat, Manifest, Quality
 from toolkit.checkpoint import LOCAL_REVISION, Checkpoint
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
-from toolkit.errors import ArtifactError, CheckpointError, GateError, PlanError, SettingsError
+from toolkit.errors import (
+    ArtifactError,
+    CheckpointError,
+    GateError,
+    PhishipError,
+    PlanError,
+    SettingsError,
+)
 from toolkit.families import read_decoder
 from toolkit.formats import Session
 from toolkit.plan import Plan, make_plan
 from toolkit.quality import agreement, comparing
-from toolkit.quality.details import Range, make_details, write_details
+from toolkit.quality.details import Details, Range, make_details, read_details, write_details
 from toolkit.quality.gate import FailedGateError, run_gate
 from toolkit.quality.measures import Comparison
 from toolkit.quality.showing import show_measures, show_ranges
-from toolkit.quality.texts import LEAST_TOKENS, Text, read_text
+from toolkit.quality.texts import LEAST_TOKENS, Text, digest_ids, read_text
 from toolkit.quality.tokens import read_tokenizer, split_text
 from toolkit.recipe import Recipe
 from toolkit.report import Report, Step
@@ -28,6 +35,9 @@ from toolkit.source import open_source
 
 DEFAULT_TOKENS = 2048
 DEFAULT_LENGTH = 512
+# Behind the digest of a text that the source has read with LongRoPE's long factors though it is
+# short: what was measured there does not compare with what the source as it is would show.
+LONG_ROPE_MARK = "-long-rope"
 UNTOUCHED = "its folder is as it was; the limits are those of the recipe that made it"
 
 
@@ -60,6 +70,17 @@ class Opened:
         """The source as the artifact's runtime can be."""
         return _source_decoder(self.plan)
 
+    @property
+    def compared(self) -> Text:
+        """The text as far as the manifest says that the artifact agrees with its source."""
+        last, decoder = self.manifest.valid_context[1], self.plan.decoder
+        sequences = tuple(ids[:last] for ids in self.text.sequences)
+        rope = decoder.rope
+        is_short = rope.is_long and len(sequences[0]) <= rope.original_context
+        is_other = is_short and self.source_decoder != decoder
+        digest = digest_ids(sequences) + (LONG_ROPE_MARK if is_other else "")
+        return Text(self.text.name, digest, sequences)
+
     def read_source(self, sequences: comparing.Sequences, decoder: Decoder) -> comparing.Source:
         """Have the checkpoint read sequences, as such an architecture."""
         return comparing.read_source(self.checkpoint, decoder, sequences, self.console)
@@ -75,8 +96,7 @@ def open_artifact(
 ) -> Opened:
     """Verify a sealed artifact's files, and open its source and the text that is asked for."""
     manifest = artifact.read_manifest(folder)
-    if asked.details and not asked.details.absolute().parent.is_dir():
-        raise SettingsError(f"--details {asked.details}: its folder is not there")
+    _check_paths(asked)
     with report.step("files") as step:
         with console.progress("verify", manifest.size_bytes) as advance:
             artifact.verify_files(folder, manifest.files, advance)
@@ -98,6 +118,14 @@ def open_artifact(
         step.measured = f"{text.name}: {len(text.sequences)} x {text.length} tokens"
         console.event("text", name=text.name, digest=text.digest, tokens=text.count)
     return Opened(folder, manifest, plan, checkpoint, text, console)
+
+
+def _check_paths(asked: Asked) -> None:
+    """SettingsError for a path that cannot be, before the artifact's files are read."""
+    if asked.text and not asked.text.exists():
+        raise SettingsError(f"--text {asked.text}: is not there", advice="give a text's path")
+    if asked.details and not asked.details.absolute().parent.is_dir():
+        raise SettingsError(f"--details {asked.details}: its folder is not there")
 
 
 def check_artifact(
@@ -138,18 +166,15 @@ class _Reading:
     known: dict[int, Comparison] = field(default_factory=dict)
 
     def compare(self) -> Comparison:
-        """Compare whole sequences, as far as the manifest says that they agree."""
-        decoder = self.opened.source_decoder
-        self.known[self.opened.text.length] = self._compare(decoder, self.opened.text.sequences)
+        """Compare the text as far as the manifest says that they agree."""
+        text = self.opened.compared
+        self.known[text.length] = self._compare(self.opened.source_decoder, text.sequences)
         return self.found
 
     @property
     def found(self) -> Comparison:
         """What `compare` found."""
-        found, last = self.known[self.opened.text.length], self.opened.manifest.valid_context[1]
-        if self.opened.text.length <= last:
-            return found
-        return agreement.select_positions(found, self.opened.text.length, 0, last)
+        return self.known[self.opened.compared.length]
 
     def compare_cut(self, length: int) -> Comparison:
         """Compare sequences cut at so many tokens."""
@@ -166,8 +191,11 @@ class _Reading:
 
 
 def _measure(reading: _Reading, report: Report, path: Path | None) -> Quality:
-    """Run the gate, look at lengths, show and write what was measured; fail only then."""
-    failed, opened = None, reading.opened
+    """Run the gate, look at lengths, show and write what was measured; fail only then.
+
+    A missed limit comes before whatever else fails.
+    """
+    opened, errors = reading.opened, list[PhishipError]()
     try:
         with report.step("gate") as step:
             quality = _run_gate(
@@ -175,22 +203,24 @@ def _measure(reading: _Reading, report: Report, path: Path | None) -> Quality:
                 opened.console, step, reading.compare,
             )  # fmt: skip
     except FailedGateError as error:
-        failed, quality = error, error.quality
-        failed.advice = UNTOUCHED
-    ranges: tuple[Range, ...] = ()
+        quality, error.advice = error.quality, UNTOUCHED
+        errors.append(error)
     if reading.known:
-        count = len(reading.found.kl)
-        title = f"{reading.opened.manifest.name} on {count} tokens of {reading.opened.text.name}"
-        show_measures(title, quality, reading.opened.console)
-        ranges = _find_ranges(reading)
-        if path:
-            _write(path, reading, ranges)
-    if ranges:
-        show_ranges(ranges, reading.opened.console)
-    if failed:
-        raise failed
-    if ranges:
-        _judge_ranges(ranges, reading.opened.manifest, report)
+        title = f"{opened.manifest.name} on {len(reading.found.kl)} tokens of {opened.text.name}"
+        show_measures(title, quality, opened.console)
+        details = _make_details(reading, path) if path else None
+        unwritten = _write(path, details)  # before lengths are read, which takes a while
+        try:
+            if ranges := _find_ranges(reading):
+                show_ranges(ranges, opened.console)
+                unwritten = _write(path, details, ranges)
+            if ranges and not errors:
+                _judge_ranges(ranges, opened.manifest, report)
+        except PhishipError as error:
+            errors.append(error)
+        errors += [unwritten] if unwritten else []
+    if errors:
+        raise errors[0]
     return quality
 
 
@@ -220,19 +250,28 @@ def _judge_ranges(ranges: tuple[Range, ...], manifest: Manifest, report: Report)
                 )
 
 
-def _write(path: Path, reading: _Reading, ranges: tuple[Range, ...]) -> None:
-    opened = reading.opened
+def _make_details(reading: _Reading, path: Path) -> Details:
+    """What was found, without lengths; with the matrices that `path` has of the same comparison."""
+    opened, text = reading.opened, reading.opened.compared
     tokenizer = read_tokenizer(opened.checkpoint)
-    length = min(opened.text.length, opened.manifest.valid_context[1])
-    sequences = [ids[:length] for ids in opened.text.sequences]
     details = make_details(
-        opened.manifest, opened.manifest_digest, reading.session.runtime, opened.text,
-        reading.found, [split_text(tokenizer, ids) for ids in sequences], ranges,
+        opened.manifest, opened.manifest_digest, reading.session.runtime, text, reading.found,
+        [split_text(tokenizer, ids) for ids in text.sequences], (),
     )  # fmt: skip
+    before = read_details(path, details.manifest_digest, details.text_digest)
+    return msgspec.structs.replace(details, tensors=before.tensors) if before else details
+
+
+def _write(
+    path: Path | None, details: Details | None, ranges: tuple[Range, ...] = ()
+) -> SettingsError | None:
+    """Write details, if there are any; returns the error when they cannot be."""
     try:
-        write_details(path, details)
-    except OSError as error:
-        raise SettingsError(f"--details {path}: cannot be written: {error.strerror}") from error
+        if path and details:
+            write_details(path, msgspec.structs.replace(details, ranges=ranges))
+    except SettingsError as error:
+        return error
+    return None
 
 
 def _source_of(manifest: Manifest) -> str:

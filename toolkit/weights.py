@@ -8,9 +8,9 @@ import msgspec
 from toolkit.artifact import Measure, Quality
 from toolkit.check import Asked, Opened, open_artifact
 from toolkit.console import Console
-from toolkit.errors import ArtifactError, SettingsError
+from toolkit.errors import ArtifactError
 from toolkit.quality import sensitivity, weightonly
-from toolkit.quality.details import Details, TensorError, make_details, write_details
+from toolkit.quality.details import TensorError, make_details, read_details, write_details
 from toolkit.quality.folding import unfold
 from toolkit.quality.measures import Comparison
 from toolkit.quality.sensitivity import Sensitivity
@@ -30,7 +30,8 @@ def check_weights(
 ) -> Sensitivity:
     """Measure an artifact's weights on a text without its runtime; shows all, judges nothing.
 
-    Into a details file of the same artifact, as `check` writes it, go the matrices alone.
+    Into a details file of the same artifact on the same text, as `check` writes it, go the matrices
+    alone.
     """
     opened = open_artifact(folder, reference, console, report, asked)
     with report.step("weights") as step:
@@ -57,7 +58,7 @@ def _open_reader(opened: Opened) -> Read:
 
 def _compare(opened: Opened) -> Comparison:
     """The measures of `check`, with the artifact's weights in the reference forward."""
-    sequences = opened.text.sequences
+    sequences = opened.compared.sequences
     source = opened.read_source(sequences, opened.source_decoder)
     with opened.console.waiting("reading the text with the artifact's weights"):
         return weightonly.compare(_open_reader(opened), source, sequences)
@@ -66,8 +67,9 @@ def _compare(opened: Opened) -> Comparison:
 def _measure(opened: Opened) -> Sensitivity:
     """What each matrix costs alone; what equalization folded in is undone for that."""
     checkpoint, decoder = opened.checkpoint, opened.source_decoder
-    length = min(opened.text.length, TABLE_TOKENS)
-    sequences = [ids[:length] for ids in opened.text.sequences[: TABLE_TOKENS // length]]
+    text = opened.compared
+    length = min(text.length, TABLE_TOKENS)
+    sequences = [ids[:length] for ids in text.sequences[: TABLE_TOKENS // length]]
     total_bytes = sensitivity.bytes_to_read(checkpoint, decoder, length * len(sequences))
     read = _open_reader(opened)
     if opened.plan.recipe.quantization.equalize:
@@ -108,23 +110,11 @@ def _describe(error: TensorError, total: float) -> Sequence[str]:
 
 
 def _write(path: Path, opened: Opened, found: Comparison, table: Sensitivity) -> None:
-    digest = opened.manifest_digest
-    details = _read_details(path, digest)
-    if details is None:
+    """Write all, or the matrices alone into what `check` wrote of the artifact in its runtime."""
+    text, digest = opened.compared, opened.manifest_digest
+    details = read_details(path, digest, text.digest)
+    if details is None or details.runtime == RUNTIME:
         tokenizer = read_tokenizer(opened.checkpoint)
-        texts = [split_text(tokenizer, ids) for ids in opened.text.sequences]
-        details = make_details(opened.manifest, digest, RUNTIME, opened.text, found, texts, ())
-    try:
-        write_details(path, msgspec.structs.replace(details, tensors=table.errors))
-    except OSError as error:
-        raise SettingsError(f"--details {path}: cannot be written: {error.strerror}") from error
-
-
-def _read_details(path: Path, manifest_digest: str) -> Details | None:
-    """What `check` has written of the same artifact in its runtime; None when it has not."""
-    try:
-        details = msgspec.json.decode(path.read_bytes(), type=Details)
-    except (OSError, msgspec.DecodeError):
-        return None
-    is_same = details.manifest_digest == manifest_digest and details.runtime != RUNTIME
-    return details if is_same else None
+        texts = [split_text(tokenizer, ids) for ids in text.sequences]
+        details = make_details(opened.manifest, digest, RUNTIME, text, found, texts, ())
+    write_details(path, msgspec.structs.replace(details, tensors=table.errors))

@@ -24,9 +24,9 @@ from toolkit.console import Console
 from toolkit.errors import GateError, PlanError, SettingsError
 from toolkit.families import read_decoder
 from toolkit.job import Options
-from toolkit.quality import reference
+from toolkit.quality import agreement, reference
 from toolkit.quality.details import Details
-from toolkit.quality.texts import read_text
+from toolkit.quality.texts import digest_ids, read_text
 from toolkit.report import Report
 
 QUIET = Console(as_json=True)
@@ -132,6 +132,15 @@ def test_when_a_limit_is_missed_all_is_written_all_the_same(artifacts, example, 
     assert msgspec.json.decode(path.read_bytes(), type=Details).summary["mean KL"] > 0
 
 
+def test_a_missed_limit_comes_before_a_file_that_cannot_be_written(artifacts, example, tmp_path):
+    path = tmp_path / ("long" * 100)  # no file system has names of 400 bytes
+    with pytest.raises(SettingsError, match=r"--details .*: cannot be written: "):
+        check(artifacts["gguf"], example, tokens=100, details=path)
+    folder = limit(Path(shutil.copytree(artifacts["gguf"], tmp_path / "copy")), max_kl_99=1e-4)
+    with pytest.raises(GateError, match=r"99 % of the KL"):
+        check(folder, example, tokens=100, details=path)
+
+
 def test_limits_gate_the_build_too(example, tmp_path):
     recipe = catalog.load_recipe("tiny-phi3-gguf-q4_0")
     strict = msgspec.structs.replace(recipe, check=Limits(max_kl_99=1e-4))
@@ -176,6 +185,11 @@ def test_a_runtime_without_the_window_is_found_out(make_variant, tmp_path, capsy
     # Its own limits hold for what is claimed.
     assert details.sequences == (32,) * 5
     assert len(details.kl) == 160
+    sequences = [details.ids[start : start + 32] for start in range(0, 160, 32)]
+    assert details.text_digest == digest_ids(sequences)
+    assert [place for place, one in enumerate(details.delta_p) if one is None] == [
+        *range(31, 160, 32)
+    ]
     assert '"event": "range"' in capsys.readouterr().out
 
 
@@ -191,6 +205,33 @@ def test_a_claim_that_does_not_hold_fails(make_variant, tmp_path):
         GateError, match=r"after 33 to 100 tokens .* says that it agrees at 1 to 128"
     ):
         check(folder, source, tokens=500, length=100)
+
+
+def test_one_token_beyond_the_window_is_too_few(make_variant, tmp_path):
+    folder, source = make_variant("window", "tiny-phi3-gguf-q8_0")
+    path = tmp_path / "details.json"
+    report = check(folder, source, tokens=165, length=33, details=path)
+    assert ranges_of(path) == [(1, 32, True, True), (33, 33, True, False)]
+    assert (
+        report.steps[-1].measured == "agrees at 1 to 32 tokens; too short to say at 33 to 33 tokens"
+    )
+    details = msgspec.json.decode(path.read_bytes(), type=Details)
+    assert [one.judged for one in details.ranges] == [True, False]
+
+
+def test_what_was_measured_is_kept_when_lengths_cannot_be(make_variant, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(agreement, "measure_ranges", fail)
+    folder, source = make_variant("window", "tiny-phi3-gguf-q8_0")
+    path = tmp_path / "details.json"
+    with pytest.raises(GateError, match=r"lengths: .*: out of memory"):
+        check(folder, source, tokens=165, length=33, details=path)
+    assert len(msgspec.json.decode(path.read_bytes(), type=Details).kl) == 160
+    strict = limit(Path(shutil.copytree(folder, tmp_path / "copy")), max_kl=1e-9)
+    with pytest.raises(GateError, match="the mean KL divergence"):
+        check(strict, source, tokens=165, length=33)
 
 
 def test_long_factors_on_a_short_text_are_found_out(make_variant, tmp_path):
@@ -214,7 +255,6 @@ def test_a_runtime_that_switches_as_the_source_does_agrees(make_variant, tmp_pat
     [
         ("--tokens", "1", "1 is not in the range x>=2"),
         ("--length", "1", "1 is not in the range x>=2"),
-        ("--text", "none.txt", "'none.txt' does not exist"),
         ("--text", ".", "'.' is a directory"),
         ("--details", ".", "'.' is a directory"),
     ],
@@ -223,6 +263,12 @@ def test_bad_options(option, value, said):
     done = CliRunner().invoke(check_command, ["artifact", option, value])
     assert done.exit_code == 2
     assert said in done.output
+
+
+def test_a_text_must_be_there(artifacts, example, tmp_path):
+    with pytest.raises(SettingsError, match=r"--text .*none.txt: is not there") as caught:
+        check(artifacts["gguf"], example, text=tmp_path / "none.txt")
+    assert caught.value.exit_code == 3
 
 
 def test_a_place_for_details_must_be_there(artifacts, example, tmp_path):

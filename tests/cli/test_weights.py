@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.checkpoints import write_random_checkpoint
 from toolkit import artifact, catalog
 from toolkit.build import build
 from toolkit.check import Asked, check_artifact
@@ -19,6 +20,7 @@ from toolkit.console import Console
 from toolkit.errors import ArtifactError
 from toolkit.job import Options
 from toolkit.quality.details import Details
+from toolkit.quality.texts import digest_ids
 from toolkit.report import Report
 from toolkit.weights import RUNTIME, check_weights
 
@@ -112,6 +114,13 @@ def test_matrices_go_into_the_file_of_a_check(
     assert len(after.tensors) == MATRICES
     assert msgspec.structs.replace(after, tensors=()) == before
     assert before.runtime != RUNTIME
+    check_artifact(artifacts["onnx"], str(example), console, Report(""), asked)
+    assert read_details(path) == after  # they stay there
+    other = msgspec.structs.replace(after, text_digest="of another text", tensors=())
+    path.write_bytes(msgspec.json.encode(other))
+    check(artifacts["onnx"], example, path)
+    assert read_details(path).runtime == RUNTIME  # another text's file is not added to either
+    assert read_details(path).text_digest == before.text_digest
     check(artifacts["gguf"], example, path)  # another artifact's file is not added to
     assert read_details(path).artifact == "tiny-phi3-gguf-q4_0"
 
@@ -128,6 +137,27 @@ def test_an_equalized_artifact_has_its_factors_undone(example: Path, tmp_path: P
     total = sum(error.kl or 0.0 for error in table.errors)
     assert total == pytest.approx(table.whole_kl, rel=0.3)
     assert max(error.relative_error for error in table.errors) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("variant", "factors", "last", "mark"),
+    [("window", None, 32, ""), ("longrope", "long", 50, "-long-rope")],
+)
+def test_the_texts_digest_says_what_was_compared(
+    variant: str, factors: str | None, last: int, mark: str, tmp_path: Path
+) -> None:
+    source = write_random_checkpoint(tmp_path / "source", variant)
+    recipe = catalog.load_recipe("tiny-phi3-mlx-4bit")
+    recipe = msgspec.structs.replace(recipe, name="x", rope_factors=factors)
+    checkpoint, options = Checkpoint.open(source), Options(check=False)
+    folder = build(recipe, checkpoint, tmp_path, options, Console(), Report(""))
+    path = tmp_path / "details.json"
+    check_weights(folder, str(source), Console(), Report(""), Asked(None, 100, 50, path))
+    details = read_details(path)
+    assert details.sequences == (last, last)
+    assert len(details.kl) == 2 * last
+    sequences = (details.ids[:last], details.ids[last:])
+    assert details.text_digest == digest_ids(sequences) + mark
 
 
 def test_weights_that_are_not_numbers_are_said_to_be(

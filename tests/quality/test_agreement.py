@@ -10,9 +10,9 @@ from toolkit.artifact import Limits
 from toolkit.checkpoint.config import Config
 from toolkit.decoder import Decoder
 from toolkit.families import read_decoder
-from toolkit.quality.agreement import find_switches, measure_ranges, tell_agreement
+from toolkit.quality.agreement import find_switches, is_within, measure_ranges, tell_agreement
 from toolkit.quality.details import Range
-from toolkit.quality.measures import Comparison
+from toolkit.quality.measures import Comparison, Estimate
 
 LIMITS = Limits(max_kl=0.1, min_top1=0.8)
 SEQUENCES = 8
@@ -27,7 +27,9 @@ def make_comparison(length: int, kl_at: Callable[[int], float]) -> Comparison:
     noise = np.random.default_rng(length).uniform(0.5, 1.5, length * SEQUENCES)
     kl = np.array([kl_at(place) for place in range(length)] * SEQUENCES) * noise
     ids = np.arange(length * SEQUENCES)
-    return Comparison(ids, kl, np.ones(len(kl), np.bool_), np.ones((2, len(kl))))
+    losses = np.ones((2, len(kl)))
+    losses[:, length - 1 :: length] = np.nan  # nothing follows a sequence's last token
+    return Comparison(ids, kl, np.ones(len(kl), np.bool_), losses)
 
 
 def judge(
@@ -102,3 +104,41 @@ def test_a_range_is_claimed_when_all_of_it_is():
                            ((33, 100), [False, True]), ((34, 100), [False, False])):  # fmt: skip
         ranges = judge(read_variant("window"), lambda _: 0.01, valid=valid)
         assert [one.claimed for one in ranges] == claimed
+
+
+def test_a_range_of_the_last_position_has_no_next_token():
+    first, last = judge(read_variant("window"), lambda _: 0.01, length=33)
+    assert (last.first, last.last, last.tokens) == (33, 33, SEQUENCES)
+    assert last.mean_kl == pytest.approx(0.01, rel=0.5)
+    assert (first.judged, last.judged) == (True, False)
+
+
+def test_too_few_tokens_are_not_judged():
+    # 8 sequences: 12 tokens each are 96, 13 are 104.
+    kl_at = lambda place: 0.01 if place < 32 else 5.0  # noqa: E731
+    _, short = judge(read_variant("window"), kl_at, length=44)
+    assert (short.tokens, short.judged, short.agrees) == (96, False, True)
+    assert tell_agreement([short]) == "too short to say at 33 to 44 tokens"
+    _, enough = judge(read_variant("window"), kl_at, length=45)
+    assert (enough.tokens, enough.judged, enough.agrees) == (104, True, False)
+
+
+def test_a_short_range_is_not_what_others_are_measured_by():
+    kl_at = lambda place: 0.01 if place < 32 else 1e-5  # noqa: E731
+    long, _ = judge(read_variant("window"), kl_at, length=44)
+    assert long.agrees
+
+
+@pytest.mark.parametrize(
+    ("measure", "limits", "inside", "outside"),
+    [
+        ("mean KL", {"max_kl": 0.05}, Estimate(0.079, 0.01), Estimate(0.081, 0.01)),
+        ("top-1 agreement", {"min_top1": 0.8}, Estimate(0.72, 0.03), Estimate(0.70, 0.03)),
+        ("99 % KL", {"max_kl_99": 0.5}, Estimate(0.5), Estimate(0.51)),
+        ("perplexity ratio", {"max_perplexity_ratio": 1.1}, Estimate(1.12, 0.01),
+         Estimate(1.14, 0.01)),
+    ],
+)  # fmt: skip
+def test_every_limit_is_held_when_it_is_surely_missed(measure, limits, inside, outside):
+    assert is_within({measure: inside}, Limits(**limits))
+    assert not is_within({measure: outside}, Limits(**limits))

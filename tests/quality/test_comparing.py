@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from tests.checkpoints import write_random_checkpoint
 from tests.quality.sources import SourceSession, copy_with_scaled_tensor
-from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint import Checkpoint, safetensors
 from toolkit.console import Console
 from toolkit.decoder import Decoder
 from toolkit.families import read_decoder
@@ -78,13 +79,16 @@ def test_progress_comes_to_its_end(source, monkeypatch, capsys):
     assert last["done_bytes"] == last["total_bytes"]
 
 
-@pytest.mark.parametrize("what", ["weights", "ids", "cut", "decoder", "code"])
+@pytest.mark.parametrize("what", ["weights", "middle", "ids", "cut", "decoder", "code", "format"])
 def test_anything_else_is_read_anew(source, reads, what, folder, tmp_path, monkeypatch):
     read(source)
     other, ids = source, IDS
     if what == "weights":
         changed = copy_with_scaled_tensor(folder, tmp_path / "other", "model.norm.weight", 2.0)
         other = (Checkpoint.open(changed), source[1])
+    elif what == "middle":
+        other = (copy_with_another_middle(folder, tmp_path / "other"), source[1])
+        assert other[0].fingerprint() == source[0].fingerprint()
     elif what == "ids":
         ids = [[*IDS[0][:-1], 6], *IDS[1:]]
     elif what == "cut":
@@ -92,11 +96,24 @@ def test_anything_else_is_read_anew(source, reads, what, folder, tmp_path, monke
     elif what == "decoder":
         other = (source[0], source[1].with_long_rope())
     else:
-        edited = tmp_path / "reference.py"
-        edited.write_text(Path(reference.__file__).read_text("utf-8") + "# changed\n", "utf-8")
-        monkeypatch.setattr(reference, "__file__", str(edited))
+        module = {"code": reference, "format": safetensors}[what]
+        edited = tmp_path / "edited.py"
+        edited.write_text(Path(module.__file__).read_text("utf-8") + "# changed\n", "utf-8")
+        monkeypatch.setattr(module, "__file__", str(edited))
     read(other, ids)
     assert len(reads) == 2
+
+
+def copy_with_another_middle(folder: Path, target: Path) -> Checkpoint:
+    """A copy in which one byte differs that a fingerprint does not look at."""
+    shutil.copytree(folder, target)
+    info = max(Checkpoint.open(target).tensors.values(), key=lambda one: one.nbytes)
+    with (target / info.file).open("r+b") as file:
+        file.seek(info.offset + info.nbytes // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    return Checkpoint.open(target)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "words", "shape"])
@@ -139,6 +156,24 @@ def test_large_ones_push_out_others(cache_home, monkeypatch):
         assert cache.store(f"name{place}", np.zeros((1, 64, 8), np.float32))
         os.utime(cache_home / f"name{place}.npz", (place, place))
     assert {path.stem for path in cache_home.iterdir()} == {"name2"}
+
+
+def test_one_that_is_too_large_is_not_kept(cache_home, monkeypatch):
+    monkeypatch.setattr(cache, "MOST_BYTES", 3000)
+    assert cache.store("small", np.zeros((1, 64, 8), np.float32))
+    assert cache.store("large", np.zeros((1, 128, 8), np.float32))
+    assert {path.stem for path in cache_home.iterdir()} == {"small"}
+
+
+def test_what_another_process_removes_meanwhile_is_no_failure(cache_home, monkeypatch):
+    states = np.zeros((1, 4, 8), np.float32)
+    cache.store("name", states)
+    glob = Path.glob
+    monkeypatch.setattr(
+        Path, "glob", lambda self, pattern: [*glob(self, pattern), self / "gone.npz"]
+    )
+    assert cache.store("other", states)
+    assert {path.stem for path in cache_home.iterdir()} == {"name", "other"}
 
 
 def test_what_killed_runs_left_goes(cache_home):

@@ -215,3 +215,11 @@ def test_even_a_wild_artifact_has_numbers():
         assert math.isfinite(estimate.value)
         assert estimate.error is None or math.isfinite(estimate.error)
     assert summary["artifact perplexity"].value > 1e100
+
+
+def test_what_no_token_follows_has_no_loss_in_its_summary():
+    found = compare_logits(random_logits(3), random_logits(3), [0, 1, 2])
+    last = found.select(np.array([False, False, True]))
+    assert last.summarize()["mean KL"].value == last.kl[0]
+    assert not {"perplexity ratio", "mean Δp"} & last.summarize().keys()
+    assert found.select(np.zeros(3, np.bool_)).summarize() == {}

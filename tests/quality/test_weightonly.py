@@ -21,7 +21,7 @@ from tests.quality.artifacts import (
 )
 from toolkit import formats
 from toolkit.errors import ArtifactError
-from toolkit.quality import measures, reference, weightonly
+from toolkit.quality import comparing, measures, reference, weightonly
 from toolkit.quality.weightonly import ArtifactWeights, compare, list_names, open_reader
 
 RUNTIMES = ("onnxruntime", "onnxruntime_genai", "openvino_genai", "openvino_tokenizers",
@@ -149,3 +149,21 @@ def test_long_sequences_go_in_parts(case: Case, monkeypatch: pytest.MonkeyPatch)
     found = compare(reader_of(scaled), case.source(), SEQUENCES)
     assert found.kl == pytest.approx(expected.kl, rel=1e-3, abs=1e-9)
     assert np.isnan(found.losses).tolist() == np.isnan(expected.losses).tolist()
+
+
+def test_long_texts_go_through_the_layers_in_parts(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {name: weights * 1.01 for name, weights in case.tensors().items()}
+    whole = compare(reader_of(tensors), case.source(), SEQUENCES)
+    source, together = case.source(), list[int]()
+    run = reference.final_states_of
+    monkeypatch.setattr(
+        reference, "final_states_of", lambda w, d, ids: together.append(len(ids)) or run(w, d, ids)
+    )
+    monkeypatch.setattr(comparing, "PASS_TOKENS", len(SEQUENCES[0]))
+    parts = compare(reader_of(tensors), source, SEQUENCES)
+    assert together == [1] * len(SEQUENCES)
+    assert parts.ids.tolist() == whole.ids.tolist()
+    # Products of other shapes: the last bits of logits differ.
+    assert parts.kl == pytest.approx(whole.kl, rel=1e-3, abs=1e-7)

@@ -40,7 +40,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
     names = [text for text in samples.HOSTILE if "\ud83d" not in text]  # no manifest can hold it
     artifacts, files = samples.write_all(folder, names)
     bench = samples.make_bench("tiny-gguf-4", board="</svg><script>alert(2)</script>")
-    details = samples.make_details(artifacts[0], texts=samples.HOSTILE * 2, runtime="<i>x</i>")
+    count = len(read_data(files[0]).details[0].ids)  # as many as the others, to be compared
+    texts = (samples.HOSTILE * count)[:count]
+    details = samples.make_details(artifacts[0], texts=texts, runtime="<i>x</i>")
     events = {"event": "bench", **samples.msgspec.to_builtins(bench)}
     files += [samples.write_events(folder / "<b>&.jsonl", events)]
-    return render(artifacts, [samples.write(details, folder), *files], most_tokens=40)
+    return render(artifacts, [samples.write(details, folder), *files[1:]], most_tokens=40)

@@ -46,6 +46,7 @@ def seal(
     kl: float | None = 0.0094,
     source: Source = MODEL,
     plan: dict[str, object] | None = None,
+    context: int = 512,
 ) -> Path:
     """Write a sealed artifact's manifest; its files are not there."""
     measures = {"mean KL": kl, "top-1 agreement": 0.92, "source perplexity": 230.0}
@@ -65,8 +66,8 @@ def seal(
         runtime=Runtime(
             engine="llama_cpp", provider="cpu", package="xllamacpp", version="1", main_file="m"
         ),
-        context_length=512,
-        valid_context=(1, 512),
+        context_length=context,
+        valid_context=(1, context),
         device_memory_bytes=1,
         chat=Chat(turns={}, generation="", stop_ids=(), stop_texts=()),
         limits=Limits(),
@@ -226,7 +227,8 @@ def write_all(folder: Path, hostile: Sequence[str] = ()) -> tuple[list[Path], li
     texts = ["The", " capital", *hostile, *WORDS * 20]
     artifacts += [seal(folder, f"tiny-{text}", kind="gguf") for text in hostile]
     details = [make_details(path, mean_kl=0.03 / (n + 1) ** 2, texts=texts)
-               for n, path in enumerate(artifacts[:10])]  # fmt: skip
+               for n, path in enumerate(artifacts)]  # fmt: skip
+    details[10:] = [msgspec.structs.replace(one, tensors=()) for one in details[10:]]
     files = [write(one, folder) for one in details]
     events = [
         {"event": "bench", **msgspec.to_builtins(make_bench(one.artifact, board=board))}

@@ -53,12 +53,44 @@ def test_nothing_is_written_when_one_file_cannot_be(tmp_path: Path) -> None:
 def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = samples.seal(tmp_path, "a")
     other = samples.make_details(samples.seal(tmp_path, "other"))
+    rebuilt = samples.make_details(artifact, manifest_digest="0" * 64)
     page = tmp_path / "r.html"
-    write_report([artifact], [samples.write(other, tmp_path)], page, None, 10, Console())
-    assert "left out" in capsys.readouterr().err
-    assert "Left out, because this page has no such artifact: details of other" in (
-        page.read_text("utf-8")
-    )
+    files = [samples.write(one, tmp_path) for one in (other, rebuilt)]
+    write_report([artifact], files, page, None, 10, Console())
+    noted = " ".join(capsys.readouterr().err.split())
+    assert "its artifact is not among those given: details of other" in noted
+    assert "measured on another build of the artifact: details of a" in noted
+    written = page.read_text("utf-8")
+    assert "because this page has no such artifact: details of other." in written
+    assert "measured on another build of the artifact: details of a." in written
+
+
+def test_no_output_replaces_another_file(tmp_path: Path) -> None:
+    artifact, page = samples.seal(tmp_path, "a"), tmp_path / "r.html"
+    data = samples.write(samples.make_details(artifact), tmp_path)
+    linked = tmp_path / "linked.json"
+    linked.hardlink_to(data)
+    before = data.read_bytes()
+    with pytest.raises(SettingsError, match=r"--markdown .*: the same file as --out"):
+        write_report([artifact], [], page, tmp_path / "artifacts" / ".." / "r.html", 10, Console())
+    with pytest.raises(SettingsError, match=r"--out .*: also given with --data"):
+        write_report([artifact], [data], linked, None, 10, Console())
+    with pytest.raises(SettingsError, match=r"--markdown .*: also given with --data"):
+        write_report([artifact], [data], page, data, 10, Console())
+    assert (data.read_bytes(), page.exists()) == (before, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("-", "standard input is not read"), ("missing.json", "cannot be read: No such file")],
+)
+def test_data_that_is_no_file(tmp_path: Path, given: str, words: str) -> None:
+    artifact, out = samples.seal(tmp_path, "a"), tmp_path / "r.html"
+    done = run("report", str(artifact), "--data", given, "--out", str(out))
+    assert (done.returncode, done.stdout) == (SettingsError.exit_code, "")
+    assert words in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
 
 
 def test_without_matplotlib_the_extra_is_named(

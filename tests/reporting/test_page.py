@@ -96,7 +96,8 @@ def test_every_section_shows_its_numbers(full: Rendered) -> None:
     for words in (
         "tiny-phi3", "8 artifacts", samples.TEXT, "0.0300 ± 0.0010", "93.1% ± 0.6%",
         "66.20 (+0.6%)", "65.8", "gguf, q4_0", "3.3 MB", "Raspberry Pi 5", "Jetson Orin Nano",
-        "vendor / phiship", "10.0 ×", "187.5 ×", "phiship check ARTIFACT --details FILE",
+        "matched by name alone", "vendor / phiship", "10.0 ×", "187.5 ×",
+        "phiship check ARTIFACT --details FILE",
         "phiship bench", "phiship parity", "Agreement by length", "The first 200 of 222 tokens",
         "The ten worst of all 222", "model.0.qkv.weight", "python 3.11.7", "details-0.json",
         "2026-11-21",
@@ -127,10 +128,10 @@ def test_the_front_is_drawn_as_it_is(full: Rendered) -> None:
 
 
 def test_the_heat_map_has_every_matrix(full: Rendered) -> None:
-    entries = full.content.entries[:2]
-    costs = [tensor.kl or 0.0 for entry in entries for tensor in entry.tensors]
+    heated = full.content.heated[:2]
+    costs = [tensor.kl or 0.0 for one in heated for tensor in one.tensors]
     scale = make_scale(costs, HALF_DECADES)
-    root = ET.fromstring(draw_heat(entries, scale))
+    root = ET.fromstring(draw_heat(heated, scale))
     cells = [g for g in root.iter("g") if g.get("id", "").startswith("heat-cell-")]
     assert len(cells) == len(costs) == 2 * (2 + 4 * 2)
     for cell, cost in zip(cells, costs, strict=True):

@@ -1,7 +1,7 @@
 """Up to which length an artifact agrees with its source: windows, and the switch of LongRoPE."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -9,13 +9,18 @@ import numpy as np
 from toolkit.artifact import Limits
 from toolkit.decoder import Decoder
 from toolkit.quality.details import Range
+from toolkit.quality.gate import list_demands
 from toolkit.quality.measures import Comparison, Estimate
 
 # A range is off when its mean KL is so many times that of the best range, surely, and by more than
 # what runtimes differ by rounding. An attention that sees other tokens shows as 10 times and more.
 OFF_FACTOR = 2.0
-OFF_ERRORS = 3.0
 ROUNDING_KL = 1e-3
+# Standard errors by which a limit, or the best range, must be missed to be surely missed.
+SURE_ERRORS = 3.0
+# Divergences have long tails: the mean of fewer tokens than these, and its standard error too, is
+# what two or three of them make it.
+LEAST_JUDGED = 100
 
 
 def find_switches(decoder: Decoder, length: int) -> list[int]:
@@ -44,19 +49,24 @@ def measure_ranges(
         select_positions(measure(cut), cut, before, after)
         for cut, (before, after) in zip(cuts, pairwise(bounds), strict=True)
     ]
-    means = [part.summarize()["mean KL"] for part in parts]
+    summaries = [part.summarize() for part in parts]
+    means = [summary["mean KL"] for summary in summaries]
+    is_judged = [len(part.kl) >= LEAST_JUDGED for part in parts]
+    known = [mean for mean, is_known in zip(means, is_judged, strict=True) if is_known]
     return tuple(
         Range(
             first=before + 1,
             last=after,
             tokens=len(part.kl),
-            mean_kl=mean.value,
-            kl_error=mean.error or 0.0,
+            mean_kl=means[place].value,
+            kl_error=means[place].error or 0.0,
             top1=part.top1,
             claimed=valid_context[0] <= before + 1 and after <= valid_context[1],
-            agrees=is_within(part, limits) and not _is_off(mean, means),
+            agrees=not is_judged[place]
+            or (is_within(summaries[place], limits) and not _is_off(means[place], known)),
+            judged=is_judged[place],
         )
-        for part, mean, (before, after) in zip(parts, means, pairwise(bounds), strict=True)
+        for place, (part, (before, after)) in enumerate(zip(parts, pairwise(bounds), strict=True))
     )
 
 
@@ -66,19 +76,24 @@ def select_positions(found: Comparison, length: int, before: int, after: int) ->
     return found.select((before <= places) & (places < after))
 
 
-def is_within(found: Comparison, limits: Limits) -> bool:
-    """True when the means keep the limits."""
-    return found.mean_kl <= limits.max_kl and found.top1 >= limits.min_top1
+def is_within(summary: Mapping[str, Estimate], limits: Limits) -> bool:
+    """True when no limit is surely missed; one on the next token holds where there is one."""
+    for demand in list_demands(limits):
+        if (found := summary.get(demand.measure)) is not None:
+            slack = SURE_ERRORS * (found.error or 0.0)
+            if not demand.is_met(found.value + (slack if demand.is_lowest else -slack)):
+                return False
+    return True
 
 
 def tell_agreement(ranges: Sequence[Range]) -> str:
-    """Where it agreed and where it stopped, in one line."""
-    agreed = [f"{one.first} to {one.last}" for one in ranges if one.agrees]
-    off = [f"{one.first} to {one.last}" for one in ranges if not one.agrees]
+    """Where it agreed, where it stopped and where nobody can say, in one line."""
+    said: dict[str, list[str]] = {"agrees": [], "not": [], "too short to say": []}
+    for one in ranges:
+        word = "too short to say" if not one.judged else "agrees" if one.agrees else "not"
+        said[word].append(f"{one.first} to {one.last}")
     return "; ".join(
-        f"{word} {' and '.join(some)} tokens"
-        for word, some in (("agrees at", agreed), ("not at", off))
-        if some
+        f"{word} at {' and '.join(some)} tokens" for word, some in said.items() if some
     )
 
 
@@ -86,5 +101,5 @@ def _is_off(mean: Estimate, means: Sequence[Estimate]) -> bool:
     """True when a range is surely further from the source than the best one."""
     best = min(means, key=lambda one: one.value)
     error = math.hypot(mean.error or 0.0, best.error or 0.0)
-    least = max(OFF_FACTOR * best.value, best.value + OFF_ERRORS * error + ROUNDING_KL)
+    least = max(OFF_FACTOR * best.value, best.value + SURE_ERRORS * error + ROUNDING_KL)
     return mean.value > least

@@ -1,5 +1,6 @@
 """The source's final states on disk, so that several artifacts and runs share one forward pass."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from toolkit import __version__
 from toolkit import checkpoint as reading
-from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint import Checkpoint, safetensors
 from toolkit.decoder import Decoder
 from toolkit.quality import reference
 from toolkit.quality.reference import Array
@@ -36,9 +37,17 @@ def cache_folder() -> Path:
 def name_states(
     checkpoint: Checkpoint, decoder: Decoder, sequences: Sequence[Sequence[int]]
 ) -> str:
-    """Hex sha256 over all that decides the states: weights, architecture, ids, our own code."""
-    code = [Path(module.__file__ or "").read_text("utf-8") for module in (reading, reference)]
-    parts = [__version__, *code, checkpoint.fingerprint(), asdict(decoder), digest_ids(sequences)]
+    """Hex sha256 over all that decides the states: weights, architecture, ids, our own code.
+
+    The fingerprint looks at the ends of tensors only; the files' times tell of an edit in between.
+    """
+    modules = (reading, safetensors, reference)
+    code = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
+    names = sorted({info.file for info in checkpoint.tensors.values()})
+    stats = [(checkpoint.folder / name).stat() for name in names]
+    files = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats, strict=True)]
+    weights = [checkpoint.fingerprint(), *files]
+    parts = [__version__, *code, *weights, asdict(decoder), digest_ids(sequences)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -55,7 +64,12 @@ def load(name: str, shape: tuple[int, ...]) -> Array | None:
 
 
 def store(name: str, states: Array) -> bool:
-    """Keep the states, whole or not at all, and drop the oldest; False when that fails."""
+    """Keep the states, whole or not at all, and drop the oldest; False when that fails.
+
+    States above MOST_BYTES are not kept, which is no failure.
+    """
+    if states.nbytes > MOST_BYTES:
+        return True
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,13 +84,25 @@ def store(name: str, states: Array) -> bool:
 
 
 def _drop_oldest(folder: Path) -> None:
-    """Keep the newest MOST_FILES of MOST_BYTES in all; what killed runs left goes after a day."""
-    newest = sorted(folder.glob("*.npz"), key=lambda path: -path.stat().st_mtime_ns)
+    """Keep the newest MOST_FILES of MOST_BYTES in all; what killed runs left goes after a day.
+
+    Other processes do the same: a file that is gone meanwhile is no failure.
+    """
+    found = _read_stats(folder.glob("*.npz"))
     total_bytes = 0
-    for place, path in enumerate(newest):
-        total_bytes += path.stat().st_size
-        if place >= MOST_FILES or (place and total_bytes > MOST_BYTES):
+    for place, (path, stat) in enumerate(sorted(found, key=lambda one: -one[1].st_mtime_ns)):
+        total_bytes += stat.st_size
+        if place >= MOST_FILES or total_bytes > MOST_BYTES:
             path.unlink(missing_ok=True)
-    for path in folder.glob(f"{PART}*"):
-        if time.time() - path.stat().st_mtime > PART_LIFE_S:
+    for path, stat in _read_stats(folder.glob(f"{PART}*")):
+        if time.time() - stat.st_mtime > PART_LIFE_S:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _read_stats(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
+    """Each path that is still there, with its size and time."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found.append((path, path.stat()))
+    return found

@@ -89,12 +89,17 @@ def _compare_one(
 
 def _run(checkpoint: Checkpoint, decoder: Decoder, sequences: Sequences, console: Console) -> Array:
     """Final states of all sequences, some in a pass over the weights."""
-    together = max(1, PASS_TOKENS // len(sequences[0]))
-    passes = [sequences[start : start + together] for start in range(0, len(sequences), together)]
+    passes = [sequences[some] for some in split_passes(sequences)]
     head_bytes = checkpoint.tensors[decoder.head_name].nbytes
     total_bytes = len(passes) * (reference.bytes_to_read(checkpoint, decoder) - head_bytes)
     with console.progress("reading the text with the source", total_bytes) as advance:
         return np.concatenate([_read(checkpoint, decoder, some, advance) for some in passes])
+
+
+def split_passes(sequences: Sequences) -> list[slice]:
+    """Sequences of one length, each part of them PASS_TOKENS at most, or one that is longer."""
+    together = max(1, PASS_TOKENS // len(sequences[0]))
+    return [slice(start, start + together) for start in range(0, len(sequences), together)]
 
 
 def _read(

@@ -9,6 +9,8 @@ import msgspec
 import numpy as np
 
 from toolkit.artifact import Manifest
+from toolkit.errors import BuildError, SettingsError
+from toolkit.pages import write_whole
 from toolkit.quality.measures import PERCENT, Comparison
 from toolkit.quality.texts import Text
 
@@ -18,7 +20,8 @@ SCHEMA = 1
 class Range(msgspec.Struct, frozen=True, kw_only=True):
     """Agreement after `first` to `last` tokens, both included.
 
-    `claimed` says whether the manifest's valid context covers it, `agrees` what was measured.
+    `claimed` says whether the manifest's valid context covers it, `agrees` what was measured. One
+    of too few tokens to say is not `judged`; nothing speaks against it, so it `agrees`.
     """
 
     first: int
@@ -29,6 +32,7 @@ class Range(msgspec.Struct, frozen=True, kw_only=True):
     top1: float
     claimed: bool
     agrees: bool
+    judged: bool = True
 
 
 class TensorError(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,8 +53,9 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
     errors of those that have one. What follows is per token of all sequences, one behind the other;
     `sequences` are their lengths. `kl` and `same_top` concern what the models foresee after the
     token, `delta_p` the token that really follows, in percent points, null at the end of a
-    sequence. `ranges` is empty when the text reaches no length at which the architecture changes.
-    `manifest_digest` is the hex sha256 of manifest.json.
+    sequence. `text_digest` is that of these sequences as Text's, with a mark behind it where the
+    source had factors of RoPE that it has not by itself. `ranges` is empty when the text reaches no
+    length at which the architecture changes. `manifest_digest` is the hex sha256 of manifest.json.
     """
 
     schema: int
@@ -110,5 +115,26 @@ def make_details(
 
 
 def write_details(path: Path, details: Details) -> None:
-    """Write the file; OSError when it cannot be."""
-    path.write_bytes(msgspec.json.encode(details) + b"\n")
+    """Write the file, all of it or nothing; SettingsError when it cannot be."""
+    content = msgspec.json.encode(details).decode() + "\n"
+    try:
+        if path.exists() and not path.is_file():  # a pipe, a terminal: nothing to replace
+            path.write_text(content, "utf-8")
+        else:
+            write_whole(content, path.resolve())  # what a link leads to, not the link
+    except BuildError as error:
+        raise SettingsError(f"--details {error}") from error
+    except OSError as error:
+        raise SettingsError(f"--details {path}: cannot be written: {error.strerror}") from error
+
+
+def read_details(path: Path, manifest_digest: str, text_digest: str) -> Details | None:
+    """What was written before of the same artifact on the same text; None when nothing was."""
+    try:
+        if not path.is_file():  # a pipe has nothing to read
+            return None
+        details = msgspec.json.decode(path.read_bytes(), type=Details)
+    except (OSError, msgspec.DecodeError):
+        return None
+    known = (details.manifest_digest, details.text_digest)
+    return details if known == (manifest_digest, text_digest) else None

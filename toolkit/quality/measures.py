@@ -96,9 +96,13 @@ class Comparison:
     def summarize(self) -> dict[str, Estimate]:
         """Every measure by its name, in the order in which people read them.
 
-        KL in nats, agreement as a share, changes of probability in percent points.
+        KL in nats, agreement as a share, changes of probability in percent points. Measures of what
+        follows are missing when no token follows one, all when there is none.
         """
-        return {**self._summarize_kl(), **self._summarize_losses(), **self._summarize_delta_p()}
+        found = self._summarize_kl() if len(self.kl) else {}
+        if self.known_losses.size:
+            found |= {**self._summarize_losses(), **self._summarize_delta_p()}
+        return found
 
     def _summarize_kl(self) -> dict[str, Estimate]:
         found = {"mean KL": _mean(self.kl)}

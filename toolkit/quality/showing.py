@@ -24,7 +24,7 @@ def show_ranges(ranges: Sequence[Range], console: Console) -> None:
     for one in ranges:
         console.event("range", **msgspec.to_builtins(one))
         kl, top1 = _say("KL", one.mean_kl, one.kl_error), _say("agreement", one.top1, None)
-        found = [kl, top1, _say_yes(one.agrees), _say_yes(one.claimed)]
+        found = [kl, top1, _say_agreement(one), _say_yes(one.claimed)]
         rows.append([f"{one.first} to {one.last}", str(one.tokens), *found])
     headers = ["length", "tokens", "mean KL", "top-1", "agrees", "the manifest says so"]
     console.table("agreement by length", headers, rows)
@@ -39,6 +39,10 @@ def _say(name: str, value: float, error: float | None) -> str:
 def _say_limit(name: str, limit: float | None) -> str:
     factor, _, unit = _unit_of(name)
     return "" if limit is None else f"{factor * limit:g}{unit}"
+
+
+def _say_agreement(found: Range) -> str:
+    return _say_yes(found.agrees) if found.judged else "too short to say"
 
 
 def _say_yes(is_so: bool) -> str:

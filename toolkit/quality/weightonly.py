@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from toolkit import formats
 from toolkit.decoder import Decoder
 from toolkit.errors import ArtifactError
-from toolkit.quality import measures, reference
+from toolkit.quality import comparing, measures, reference
 from toolkit.quality.comparing import LOGIT_ROWS, Sequences, Source
 from toolkit.quality.measures import Comparison
 from toolkit.quality.reference import Array
@@ -94,17 +94,26 @@ def list_names(decoder: Decoder, layer: int) -> list[str]:
 def compare(read: Read, source: Source, sequences: Sequences) -> Comparison:
     """Compare an artifact's weights with the source that has read the same sequences.
 
-    All sequences go through the layers together. ValueError as in reference.forward.
+    As many sequences as comparing.PASS_TOKENS allows go through the layers together; the next ones
+    read the artifact again. ValueError as in reference.forward.
     """
+    parts: list[Comparison] = []
+    for some in comparing.split_passes(sequences):
+        own = Source(source.checkpoint, source.decoder, source.states[some])
+        parts += _compare_pass(ArtifactWeights(read, source.decoder), own, sequences[some])
+    return measures.join(parts)
+
+
+def _compare_pass(
+    weights: ArtifactWeights, source: Source, sequences: Sequences
+) -> Iterator[Comparison]:
+    """Compare sequences that go through the layers together, LOGIT_ROWS positions at a time."""
     decoder = source.decoder
-    weights = ArtifactWeights(read, decoder)
     states = reference.final_states_of(weights, decoder, sequences)
-    parts = []
     for text, ids in enumerate(sequences):
         for start in range(0, len(ids), LOGIT_ROWS):
             rows = slice(start, min(start + LOGIT_ROWS, len(ids)))
             own = source.logits(text, rows)
             artifact = weights.project(decoder.head_name, states[text, rows])
             next_id = ids[rows.stop] if rows.stop < len(ids) else None
-            parts.append(measures.compare_logits(own, artifact, ids[rows], next_id))
-    return measures.join(parts)
+            yield measures.compare_logits(own, artifact, ids[rows], next_id)

@@ -11,9 +11,10 @@ from markupsafe import Markup
 from toolkit.console import format_bytes
 from toolkit.errors import require
 from toolkit.pages import make_visible
-from toolkit.reporting.content import Content, Entry, Measured
+from toolkit.reporting.content import Content, Entry
 from toolkit.reporting.labels import place_labels
 from toolkit.reporting.looks import find_look
+from toolkit.reporting.measured import Measured
 from toolkit.reporting.svg import INK, drawing, to_markup
 
 WIDTH = 860.0

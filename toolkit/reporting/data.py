@@ -18,6 +18,9 @@ USEFUL = (
     "or `phiship parity --json`"
 )
 
+SIGNED = ("delta_p", "temperature_celsius", "settings")
+LARGEST = 1e300  # perplexities of a broken artifact are below; more would overflow in a chart
+
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):
     """One engine's side of a parity, as its `engine` event says; `recipe` may be unknown."""
@@ -60,6 +63,10 @@ class Data:
 
 def read_data(path: Path) -> Data:
     """Read a JSON file or JSON lines; SettingsError when nothing in it is for a report."""
+    if str(path) == "-":
+        raise SettingsError(
+            "--data -: standard input is not read", advice="write it to a file and give that"
+        )
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -109,12 +116,39 @@ def _tell_kind(value: Any) -> str:
 
 def _read_value(kind: str, value: dict[str, Any], place: str, path: Path) -> Data:
     try:
-        return READERS[kind](value, path)
+        found = READERS[kind](value, path)
     except msgspec.ValidationError as error:
         raise SettingsError(
             f"{place}: no {kind} that this phiship reads: {error}",
             advice="make the file again with this version",
         ) from None
+    for one in (*found.details, *found.benches, *found.built):
+        _require_numbers(msgspec.to_builtins(one), place)
+    return found
+
+
+def _require_numbers(value: Any, place: str, field: str = "", *, is_signed: bool = False) -> None:
+    """SettingsError for a number that no command writes: JSON readers take NaN and 1e999."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            may = is_signed or (field != "errors" and _may_be_negative(name))
+            _require_numbers(one, place, f"{field}.{name}" if field else name, is_signed=may)
+    elif isinstance(value, list | tuple):
+        for number, one in enumerate(value):
+            _require_numbers(one, place, f"{field}[{number}]", is_signed=is_signed)
+    elif isinstance(value, int | float):
+        least = -LARGEST if is_signed else 0
+        if not least <= value <= LARGEST:  # false for NaN, too
+            allowed = "a finite number" if is_signed else "a finite number, not below 0"
+            raise SettingsError(
+                f"{place}: {field}: got {str(value)[:24]}; allowed: {allowed}",
+                advice="make the file again",
+            )
+
+
+def _may_be_negative(name: str) -> bool:
+    """Changes, logarithms, degrees, and what an engine takes as its own settings."""
+    return name in SIGNED or "Δp" in name or name.startswith("ln ")
 
 
 def _read_details(value: dict[str, Any], path: Path) -> Data:

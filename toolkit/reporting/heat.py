@@ -10,7 +10,7 @@ from toolkit.errors import require
 from toolkit.pages import make_visible
 from toolkit.quality.details import TensorError
 from toolkit.reporting.charts import WIDTH, dress
-from toolkit.reporting.content import Entry
+from toolkit.reporting.content import Heated
 from toolkit.reporting.scale import Scale, write_short
 from toolkit.reporting.svg import INK, drawing, to_markup
 
@@ -59,22 +59,22 @@ class _Map:
         return (tensor.layer, ROW * self.kinds.index(tensor.kind), 1, ROW)
 
 
-def draw_heat(entries: Sequence[Entry], scale: Scale) -> Markup:
+def draw_heat(heated: Sequence[Heated], scale: Scale) -> Markup:
     """Layers from left to right, kinds from top to bottom; outermost the embedding and the head."""
-    tensors = [tensor for entry in entries for tensor in entry.tensors]
+    tensors = [tensor for one in heated for tensor in one.tensors]
     layers = 1 + max((t.layer for t in tensors if t.layer is not None), default=0)
     kinds = [kind for kind in KINDS if any(tensor.kind == kind for tensor in tensors)]
-    map_ = _Map(layers, kinds, len(entries))
-    height = map_.strip * len(entries) + BOTTOM
+    map_ = _Map(layers, kinds, len(heated))
+    height = map_.strip * len(heated) + BOTTOM
     with drawing(WIDTH, height) as figure:
         figure.set_layout_engine("none")
         left, bottom = LEFT / WIDTH, BOTTOM / height
         axes = figure.add_axes((left, bottom, 1 - left, 1 - bottom))
         titles: dict[str, str] = {}
-        for number, entry in enumerate(entries):
+        for number, one in enumerate(heated):
             top = number * map_.strip + TITLE
-            axes.text(-1.2 * map_.outer, top - 7, make_visible(entry.label), fontsize=10.5)
-            for cell in _list_cells(entry, map_):
+            axes.text(-1.2 * map_.outer, top - 7, make_visible(one.entry.label), fontsize=10.5)
+            for cell in _list_cells(one.tensors, map_):
                 gid = f"cell-{number}-{len(titles)}"
                 titles[gid] = _describe(cell[0])
                 _draw_cell(axes, cell, top, scale, gid, map_)
@@ -85,8 +85,8 @@ def draw_heat(entries: Sequence[Entry], scale: Scale) -> Markup:
 Cell = tuple[TensorError, tuple[float, float, float, float]]
 
 
-def _list_cells(entry: Entry, map_: _Map) -> Iterator[Cell]:
-    for tensor in entry.tensors:
+def _list_cells(tensors: Sequence[TensorError], map_: _Map) -> Iterator[Cell]:
+    for tensor in tensors:
         place = map_.place(tensor)
         if place:
             yield tensor, place

@@ -11,6 +11,8 @@ from toolkit.reporting.content import Content
 from toolkit.reporting.page import trace_all
 from toolkit.reporting.tables import Table
 
+MEASURE = "`phiship check ARTIFACT --details FILE`"
+BY_NAME = "Benches name their artifact, not its build: they are matched by name alone."
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|&~$!])")
 
 
@@ -26,13 +28,16 @@ def render_markdown(content: Content, when: str, most_tokens: int) -> str:
         about,
         "## Artifacts",
         _show(tables.list_artifacts(content)),
+        *_describe_lacking(content),
         *_describe_front(content),
-        *_section("The costliest matrices", tables.list_worst_tensors(content.entries)),
+        *_section("The costliest matrices", tables.list_worst_tensors(content.heated)),
+        *_describe_heat(content),
     ]
     parts += _section("Agreement by length", tables.list_ranges(content))
     for one in trace_all(content, most_tokens):
         parts += _section(f"The worst tokens of {escape(one.entry.manifest.name)}", one.table)
     parts += _section("Speed and memory on devices", tables.list_benches(content.benches))
+    parts += [BY_NAME] if content.benches else []
     parts += _section("What building costs", tables.list_built(content.built))
     made, files = tables.list_origins(content)
     parts += [*_section("How these numbers were made", made), *_section("Files", files)]
@@ -48,7 +53,7 @@ def _describe_front(content: Content) -> Iterable[str]:
     if not content.plotted:
         return
     measured = content.plotted[0][1]
-    yield f"Measured on {escape(measured.text)}" + (
+    yield f"Measured on {escape(measured.where)}" + (
         f", text {measured.digest[:12]}." if measured.digest else "."
     )
     yield "## The front: none is smaller and nearer to the source"
@@ -56,9 +61,29 @@ def _describe_front(content: Content) -> Iterable[str]:
         f"- {escape(entry.manifest.name)}: {format_bytes(entry.manifest.size_bytes)}, "
         f"mean KL {tables.write_kl(found.mean_kl)} nats"
         for entry in content.front
-        for found in [entry.on(content.digest)]
+        for found in [entry.on(content.key)]
         if found
     )
+
+
+def _describe_lacking(content: Content) -> Iterable[str]:
+    if content.plotted and content.unmeasured:
+        is_details = content.plotted[0][1].digest
+        what = "Without details of this text" if is_details else "Never measured"
+        yield f"{what}: {_join(content.unmeasured)}. {MEASURE} measures it."
+    if content.elsewhere:
+        yield f"Measured on other tokens, so not compared: {_join(content.elsewhere)}."
+
+
+def _describe_heat(content: Content) -> Iterable[str]:
+    if content.heat_text:
+        yield f"Matrices were measured on the first of {escape(content.heat_text)}."
+    if content.unheated:
+        yield f"Left out, because measured on another text: {_join(content.unheated)}."
+
+
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(map(escape, names))
 
 
 def _section(title: str, table: Table) -> list[str]:

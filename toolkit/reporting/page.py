@@ -41,8 +41,8 @@ def render_page(content: Content, when: str, most_tokens: int) -> str:
     """
     traced = trace_all(content, most_tokens)
     text_scale = make_scale((kl for one in traced for kl in one.details.kl), THIRDS)
-    heated = [entry for entry in content.entries if entry.tensors]
-    costs = (tensor.kl or 0.0 for entry in heated for tensor in entry.tensors)
+    heated = content.heated
+    costs = (tensor.kl or 0.0 for one in heated for tensor in one.tensors)
     heat_scale = make_scale(costs, HALF_DECADES)
     kinds = sorted({entry.manifest.format for entry in content.entries})
     benches = [result for result in content.benches if result.lengths]
@@ -59,7 +59,6 @@ def render_page(content: Content, when: str, most_tokens: int) -> str:
         artifacts=tables.list_artifacts(content),
         looks=[(kind, find_look(_first(content, kind))) for kind in kinds],
         front=draw_front(content) if len(content.plotted) > 1 else None,
-        heated=heated,
         heat=draw_heat(heated, heat_scale) if heated else None,
         heat_legend=describe_scale(heat_scale),
         worst_tensors=tables.list_worst_tensors(heated),

@@ -11,9 +11,10 @@ from toolkit.console import format_bytes
 from toolkit.measuring.bench import format_time
 from toolkit.measuring.result import Result, Spread
 from toolkit.quality.details import TensorError
-from toolkit.reporting.content import Content, Entry, Measured
+from toolkit.reporting.content import Content, Heated
 from toolkit.reporting.data import Built
 from toolkit.reporting.looks import find_look
+from toolkit.reporting.measured import Measured
 from toolkit.reporting.scale import write_short
 from toolkit.reporting.trace import Trace
 
@@ -37,7 +38,7 @@ def list_artifacts(content: Content) -> Table:
     """Every artifact with what was measured on the text that they are compared by."""
     rows = []
     for entry in content.entries:
-        manifest, found = entry.manifest, entry.on(content.digest)
+        manifest, found = entry.manifest, entry.on(content.key)
         rows.append(
             [
                 f"{find_look(entry).sign} {manifest.name}",
@@ -120,13 +121,13 @@ def _name_runtime(manifest: Manifest) -> str:
     return f"{manifest.runtime.package}, {manifest.runtime.provider}"
 
 
-def list_worst_tensors(entries: Iterable[Entry]) -> Table:
+def list_worst_tensors(heated: Iterable[Heated]) -> Table:
     """The matrices that cost each artifact the most."""
     rows = []
-    for entry in entries:
-        tensors = sorted(entry.tensors, key=lambda tensor: (-(tensor.kl or 0.0), tensor.name))
+    for one in heated:
+        tensors = sorted(one.tensors, key=lambda tensor: (-(tensor.kl or 0.0), tensor.name))
         rows += [
-            [entry.label if number == 0 else "", *_list_tensor(tensor)]
+            [one.entry.label if number == 0 else "", *_list_tensor(tensor)]
             for number, tensor in enumerate(tensors[:WORST_TENSORS])
         ]
     return Table(["artifact", "tensor", "bits", "relative error", "KL, nats"], rows, names=2)
@@ -155,15 +156,20 @@ def list_ranges(content: Content) -> Table:
     """How artifacts agree by the length of what was read, where the architecture changes."""
     rows = [
         [
-            entry.label, f"{found.first:,} to {found.last:,}", "yes" if found.claimed else "no",
-            "yes" if found.agrees else "no", _add_error(write_kl(found.mean_kl), found.kl_error),
-            write_share(found.top1),
+            entry.label, f"{found.first:,} to {found.last:,}", _say_yes(found.claimed),
+            _say_yes(found.agrees if found.judged else None),
+            _add_error(write_kl(found.mean_kl), found.kl_error), write_share(found.top1),
         ]
         for entry in content.entries
         for found in next((one.ranges for one in entry.details if one.ranges), ())
     ]  # fmt: skip
     headers = ["artifact", "after tokens", "claimed", "agrees", "mean KL, nats", "top-1"]
     return Table(headers, rows, names=4)
+
+
+def _say_yes(is_so: bool | None) -> str:
+    """A dash where too little was measured to say."""
+    return NONE if is_so is None else "yes" if is_so else "no"
 
 
 def list_benches(benches: Iterable[Result]) -> Table:

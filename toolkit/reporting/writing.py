@@ -28,21 +28,47 @@ def write_report(
     `read_data`, BuildError when a file cannot be written.
     """
     require("matplotlib.figure")
-    for option, path in (("--out", out), ("--markdown", markdown)):
-        if path and not path.absolute().parent.is_dir():
-            raise SettingsError(f"{option} {path}: its folder is not there")
+    _require_places(files, out, markdown)
     when = read_date()
     data = sum((read_data(path) for path in files), Data())
     content = collect(folders, data)
     for name in content.left_out:
         console.note(f"left out, because its artifact is not among those given: {name}")
+    for name in content.outdated:
+        console.note(f"left out, because measured on another build of the artifact: {name}")
     page = render_page(content, when, most_tokens)
     said = render_markdown(content, when, most_tokens) if markdown else ""
     for path, text in ((out, page), (markdown, said)):
         if path:
             write_whole(text, path)
-            console.event("report", path=str(path), left_out=list(content.left_out))
+            left_out = [*content.left_out, *content.outdated]
+            console.event("report", path=str(path), left_out=left_out)
             console.result(str(path))
+
+
+def _require_places(files: Sequence[Path], out: Path, markdown: Path | None) -> None:
+    """SettingsError when an output has no folder, or would replace the other or what is read."""
+    if markdown and _is_same(out, markdown):
+        raise SettingsError(
+            f"--markdown {markdown}: the same file as --out", advice="give each its own name"
+        )
+    for option, path in (("--out", out), ("--markdown", markdown)):
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            raise SettingsError(f"{option} {path}: its folder is not there")
+        if any(_is_same(path, one) for one in files):
+            raise SettingsError(
+                f"{option} {path}: also given with --data, and would be replaced",
+                advice="give another name",
+            )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """True for two names of one file, which need not be there yet."""
+    if one.resolve() == other.resolve():
+        return True
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def read_date() -> str:

@@ -19,7 +19,7 @@ IQ4_LEVELS = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
 )
 # Subtracted from what is stored.
-ORIGINS = {GgmlType.Q4_0: 8, GgmlType.Q6_K: 32, GgmlType.Q8_0: 128}
+ORIGINS = {GgmlType.Q4_0: 8, GgmlType.Q5_0: 16, GgmlType.Q6_K: 32, GgmlType.Q8_0: 128}
 SCALE_IQ4_XS = 32
 
 
@@ -39,6 +39,10 @@ def _block(*fields: tuple[str, str] | tuple[str, str, tuple[int, ...]]) -> np.dt
 BLOCKS = {
     GgmlType.Q4_0: Blocks(_block(("d", "<f2"), ("qs", "u1", (16,))), 4, 32),
     GgmlType.Q4_1: Blocks(_block(("d", "<f2"), ("m", "<f2"), ("qs", "u1", (16,))), 4, 32),
+    GgmlType.Q5_0: Blocks(_block(("d", "<f2"), ("qh", "<u4"), ("qs", "u1", (16,))), 5, 32),
+    GgmlType.Q5_1: Blocks(
+        _block(("d", "<f2"), ("m", "<f2"), ("qh", "<u4"), ("qs", "u1", (16,))), 5, 32
+    ),
     GgmlType.Q8_0: Blocks(_block(("d", "<f2"), ("qs", "u1", (32,))), 8, 32),
     GgmlType.IQ4_NL: Blocks(_block(("d", "<f2"), ("qs", "u1", (16,))), 4, 32),
     GgmlType.IQ4_XS: Blocks(
@@ -89,6 +93,9 @@ def put_codes(kind: GgmlType, encoded: NDArray[np.uint8], codes: Codes) -> NDArr
     if kind == GgmlType.Q5_K:
         fifth = parts.reshape(len(blocks), 8, 32) >> 4
         blocks["qh"] = np.bitwise_or.reduce(fifth << np.arange(8, dtype=np.uint8)[:, None], axis=1)
+    if kind in (GgmlType.Q5_0, GgmlType.Q5_1):
+        fifth = codes.reshape(len(blocks), 32).astype(np.uint32) >> 4
+        blocks["qh"] = np.bitwise_or.reduce(fifth << np.arange(32, dtype=np.uint32), axis=1)
     return encoded
 
 
@@ -109,7 +116,7 @@ def _read_steps(kind: GgmlType, blocks: NDArray[Any]) -> Floats:
 
 def _read_origins(kind: GgmlType, blocks: NDArray[Any], steps: Floats) -> Floats:
     origins: Floats = steps * np.float32(-ORIGINS.get(kind, 0))
-    if kind == GgmlType.Q4_1:
+    if kind in (GgmlType.Q4_1, GgmlType.Q5_1):
         origins[:] = blocks["m"][..., None]
     if kind in (GgmlType.Q4_K, GgmlType.Q5_K):
         minima = _six_bits(blocks["scales"])[1]
