@@ -159,6 +159,8 @@ def _mlx() -> list[Row]:
         ("gptq 128", _GPTQ | {"group_size": 128}),
         ("gptq 128 equalized", _BOTH | {"group_size": 128}),
         ("gptq 32 equalized", _BOTH | {"group_size": 32}),
+        ("gptq 128 equalized, 8-bit embedding",
+         _BOTH | {"group_size": 128, "embedding_bits": 8}),
         ("gptq 64 equalized, 8-bit embedding", _BOTH | {"embedding_bits": 8}),
     )  # fmt: skip
 
@@ -185,6 +187,10 @@ def _gguf() -> list[Row]:
     ours += _ours(
         "gguf", {"precision": "q4_0", "embedding": "q8_0"},
         ("q4_0 gptq equalized, q8_0 embedding", _BOTH),
+    )  # fmt: skip
+    ours += _ours(
+        "gguf", {"precision": "iq4_xs", "embedding": "q8_0"},
+        ("iq4_xs gptq equalized, q8_0 embedding", _BOTH),
     )  # fmt: skip
     ours += [
         row

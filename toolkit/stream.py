@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from toolkit import fileio
 from toolkit.checkpoint import Checkpoint
 from toolkit.errors import CheckpointError, PhishipError
-from toolkit.progress import Advance, ignore
+from toolkit.progress import Advance
 
 TASK_WEIGHTS = 1 << 23
 # Parameters of mallopt (malloc.h).
