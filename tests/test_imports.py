@@ -26,7 +26,7 @@ GROUPS = (
     {"catalog", "quality", "ssh"},
     {"plan", "source", "wheels"},
     {"calibrate", "check", "export", "job", "mixing", "preflight", "smoke"},
-    {"convert", "remote", "runtime", "weights"},
+    {"adapt", "convert", "remote", "runtime", "weights"},
     {"place", "trial"},
     {"adopt", "budget", "build", "deploy", "howto"},
     {"adb", "bundle", "listing", "llamaedge", "measuring", "ollama", "parity", "serve", "ship"},

@@ -15,7 +15,7 @@ from toolkit.check import run_checks
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console, format_bytes
 from toolkit.convert import convert
-from toolkit.errors import ArtifactError, BuildError, PhishipError, PlanError, SettingsError
+from toolkit.errors import ArtifactError, BuildError, PhishipError, PlanError
 from toolkit.export import (
     LOCK_KEY,
     check_disk,
@@ -24,15 +24,12 @@ from toolkit.export import (
     open_exporter,
     run_export,
 )
-from toolkit.families import read_decoder
 from toolkit.job import Building, Job, Options, Result
 from toolkit.plan import Plan, make_plan, measure_tokenizer
-from toolkit.quality.texts import Text, read_text
-from toolkit.recipe import Method, Recipe
+from toolkit.recipe import Recipe
 from toolkit.report import Report
 from toolkit.staging import Staging, check_free_disk, stage
 
-CALIBRATION_LENGTH = 512  # tokens of a sequence: chats of usual length
 OTHER_MADE = "another plan, source or calibration text made it"
 
 
@@ -87,35 +84,6 @@ def build_all(
     return {recipe.name: building.results[recipe.name] for recipe in recipes}
 
 
-def choose_method(
-    recipes: Sequence[Recipe], checkpoint: Checkpoint, method: Method | None,
-    equalize: bool | None, text: Path | None, console: Console,
-) -> list[Recipe]:  # fmt: skip
-    """Have codes chosen another way; of several recipes those without codes stay as they are.
-
-    SettingsError when a calibration text is given that none of them takes.
-    """
-    decoder = read_decoder(checkpoint.config)
-    chosen = []
-    for recipe in recipes:
-        changed = recipe.with_codes(method, equalize)
-        if changed != recipe:
-            try:
-                make_plan(changed, decoder)
-            except PlanError as error:
-                if len(recipes) == 1:
-                    raise
-                console.note(f"{error}; its recipe is taken as it is")
-                changed = recipe
-        chosen.append(changed)
-    if text and not any(one.quantization.is_calibrated for one in chosen):
-        raise SettingsError(
-            f"--calibration {text}: what is built chooses no codes on a text",
-            advice="give --method gptq or --equalize too",
-        )
-    return chosen
-
-
 def require_all(results: Mapping[str, Result]) -> None:
     """Raise when an artifact was not built: its own error, or one that counts several."""
     errors = {name: found for name, found in results.items() if isinstance(found, PhishipError)}
@@ -148,19 +116,11 @@ def _plan(recipe: Recipe, building: Building) -> Job:
     )  # fmt: skip
     _check_gate_memory(plan, options)
     source = Source(model=recipe.model, revision=checkpoint.revision, digest=building.digest)
-    text = _read_calibration(recipe, building)
+    quantization = recipe.quantization
+    text = None
+    if quantization.is_calibrated:
+        text = building.read_calibration(quantization.calibration_tokens)
     return Job(plan, source, building.chat, building.out / recipe.name, text)
-
-
-def _read_calibration(recipe: Recipe, building: Building) -> Text | None:
-    """The text that the recipe's codes are chosen on; None when it takes none."""
-    quantization, path = recipe.quantization, building.options.calibration
-    if not quantization.is_calibrated:
-        return None
-    return read_text(
-        building.checkpoint, building.chat, "calibration", path=path,
-        tokens=quantization.calibration_tokens, length=CALIBRATION_LENGTH,
-    )  # fmt: skip
 
 
 def _check_gate_memory(plan: Plan, options: Options) -> None:

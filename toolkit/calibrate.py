@@ -23,7 +23,7 @@ from toolkit.quality.reference import Array
 from toolkit.quality.texts import Text
 from toolkit.quantize.equalize import find_stretch, make_foldable
 from toolkit.quantize.gptq import Curvature, choose_codes, factor
-from toolkit.quantize.grids import MOST_BITS, GridEncoder, fit_together, nearest
+from toolkit.quantize.grids import GridEncoder, fit_together, is_choosable, nearest
 from toolkit.recipe import Quantization
 from toolkit.stream import Output, Piece, list_tasks
 
@@ -58,7 +58,7 @@ class Calibrated:
     def encoder_of(self, tensor: str) -> GridEncoder | None:
         """The encoder of a matrix when its codes can be chosen with care."""
         for _, piece in self._tasks.get(tensor, []):
-            if isinstance(piece.encoder, GridEncoder) and piece.encoder.bits <= MOST_BITS:
+            if is_choosable(piece.encoder):
                 return piece.encoder
         return None
 
@@ -141,7 +141,7 @@ def calibrate(
     for layer in range(first, decoder.layers):
         if all(artifact.error for artifact in artifacts):
             break
-        watched.inputs = {} if run.wants(layer_matrices(decoder, layer)) else None
+        watched.inputs = {} if run.wants(decoder.layer_matrices(layer)) else None
         hidden = reference.run_layer(watched, decoder, layer, hidden, rotation)
         if watched.inputs is not None:
             run.do_layer(layer, watched.inputs)
@@ -163,16 +163,7 @@ def bytes_to_do(checkpoint: Checkpoint, decoder: Decoder, artifacts: Sequence[Ca
 
 
 def _layer_bytes(checkpoint: Checkpoint, decoder: Decoder) -> int:
-    return sum(checkpoint.tensors[name].nbytes for name in layer_matrices(decoder, 0))
-
-
-def layer_matrices(decoder: Decoder, layer: int) -> tuple[str, str, str, str]:
-    """Names of a layer's matrices, in order of use."""
-    names = decoder.names
-    return (
-        names.qkv.format(layer), names.attention_out.format(layer), names.gate_up.format(layer),
-        names.down.format(layer),
-    )  # fmt: skip
+    return sum(checkpoint.tensors[name].nbytes for name in decoder.layer_matrices(0))
 
 
 @dataclass(frozen=True)
@@ -191,7 +182,7 @@ class _Run:
     def first_open_layer(self) -> int:
         """The first layer that some artifact still needs; their number when none does."""
         layers = range(self.decoder.layers)
-        open_layers = (n for n in layers if self.wants(layer_matrices(self.decoder, n)))
+        open_layers = (n for n in layers if self.wants(self.decoder.layer_matrices(n)))
         return next(open_layers, self.decoder.layers)
 
     def is_done(self, needed: int) -> bool:
@@ -259,7 +250,7 @@ class _Run:
 
     def _find_scales(self, layer: int, inputs: dict[str, Inputs], artifact: Calibrated) -> Scales:
         """A layer's scales for one artifact: none where it asks for none, or has all it needs."""
-        is_open = any(map(artifact.open_tasks, layer_matrices(self.decoder, layer)))
+        is_open = any(map(artifact.open_tasks, self.decoder.layer_matrices(layer)))
         if not (artifact.quantization.equalize and is_open):
             return Scales()
         try:
@@ -276,7 +267,7 @@ class _Run:
         projection to the down projection. Values that several heads share have one scale for all.
         """
         scales, decoder, names = Scales(), self.decoder, self.decoder.names
-        qkv, out, gate_up, down = layer_matrices(decoder, layer)
+        qkv, out, gate_up, down = decoder.layer_matrices(layer)
         for pattern, matrix in ((names.attention_norm, qkv), (names.mlp_norm, gate_up)):
             norm = pattern.format(layer)
             stretch = self._find(artifact, matrix, inputs[matrix], inputs[matrix].magnitudes)
@@ -321,7 +312,7 @@ def _encode(
     """Write rows of a piece, their columns stretched, with codes by curvature where it is given."""
     stretched = rows if stretch is None else rows * stretch
     encoder = piece.encoder
-    if not isinstance(encoder, GridEncoder) or encoder.bits > MOST_BITS:
+    if not is_choosable(encoder):
         encoder.write(descriptor, stretched, piece.first, piece.offsets)
         return
     if curvature is None:

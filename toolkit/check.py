@@ -66,18 +66,13 @@ class Opened:
     console: Console
 
     @property
-    def source_decoder(self) -> Decoder:
-        """The source as the artifact's runtime can be."""
-        return _source_decoder(self.plan)
-
-    @property
     def compared(self) -> Text:
         """The text as far as the manifest says that the artifact agrees with its source."""
         last, decoder = self.manifest.valid_context[1], self.plan.decoder
         sequences = tuple(ids[:last] for ids in self.text.sequences)
         rope = decoder.rope
         is_short = rope.is_long and len(sequences[0]) <= rope.original_context
-        is_other = is_short and self.source_decoder != decoder
+        is_other = is_short and self.plan.source_decoder != decoder
         digest = digest_ids(sequences) + (LONG_ROPE_MARK if is_other else "")
         return Text(self.text.name, digest, sequences)
 
@@ -168,7 +163,7 @@ class _Reading:
     def compare(self) -> Comparison:
         """Compare the text as far as the manifest says that they agree."""
         text = self.opened.compared
-        self.known[text.length] = self._compare(self.opened.source_decoder, text.sequences)
+        self.known[text.length] = self._compare(self.opened.plan.source_decoder, text.sequences)
         return self.found
 
     @property
@@ -184,9 +179,7 @@ class _Reading:
         return self.known[length]
 
     def _compare(self, decoder: Decoder, sequences: comparing.Sequences) -> Comparison:
-        source = comparing.read_source(
-            self.opened.checkpoint, decoder, sequences, self.opened.console
-        )
+        source = self.opened.read_source(sequences, decoder)
         return comparing.compare(self.session, source, sequences, self.opened.console)
 
 
@@ -323,7 +316,7 @@ def _run_gate(
     recipe = plan.recipe
     try:
         quality = run_gate(
-            session, checkpoint, _source_decoder(plan), chat, recipe.check,
+            session, checkpoint, plan.source_decoder, chat, recipe.check,
             check_logits=check_logits, smoke=recipe.smoke, console=console,
             context_length=plan.context_length,
             # Unchecked, a vendor's artifact is what the vendor makes; parity says how it differs.
@@ -335,11 +328,6 @@ def _run_gate(
         raise
     _note(step, quality, console)
     return quality
-
-
-def _source_decoder(plan: Plan) -> Decoder:
-    """The source as the runtime can be: with LongRoPE's long factors where it has no others."""
-    return plan.decoder.with_long_rope() if plan.needs.always_long_rope else plan.decoder
 
 
 def _note(step: Step, quality: Quality, console: Console) -> None:

@@ -94,6 +94,13 @@ class Decoder:
             shapes[names.head] = (self.vocab, hidden)
         return shapes
 
+    def layer_matrices(self, layer: int) -> tuple[str, str, str, str]:
+        """A layer's matrices in order of use: qkv, attention_out, gate_up, down."""
+        names = self.names
+        patterns = (names.qkv, names.attention_out, names.gate_up, names.down)
+        qkv, out, gate_up, down = (pattern.format(layer) for pattern in patterns)
+        return qkv, out, gate_up, down
+
     def with_long_rope(self) -> "Decoder":
         """The same with LongRoPE's long factors at every length."""
         return replace(self, rope=replace(self.rope, original_context=0))

@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -189,3 +190,26 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(text: str, path: Path) -> None:
+    """Write a text file as UTF-8, all of it or nothing; BuildError when that fails."""
+    try:
+        descriptor, part = tempfile.mkstemp(prefix=f".{path.name[:100]}-", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as stream:
+                stream.write(text)
+            Path(part).chmod(0o666 & ~_read_umask())
+            Path(part).replace(path)
+        except BaseException:
+            Path(part).unlink()
+            raise
+    except OSError as error:
+        raise BuildError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _read_umask() -> int:
+    """The permissions that new files lack here; mkstemp's are the owner's alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask

@@ -15,8 +15,10 @@ from toolkit.errors import PhishipError
 from toolkit.families import read_decoder
 from toolkit.plan import Plan
 from toolkit.quality.chat import read_chat
-from toolkit.quality.texts import Text
+from toolkit.quality.texts import Text, read_text
 from toolkit.report import Report
+
+CALIBRATION_LENGTH = 512  # tokens of a sequence: chats of usual length
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Building:
     report: Report
     is_alone: bool
     results: dict[str, Result] = field(default_factory=dict)
+    _texts: dict[int, Text] = field(default_factory=dict, repr=False)
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -92,6 +95,15 @@ class Building:
     def chat(self) -> Chat:
         """The checkpoint's chat template as data."""
         return read_chat(self.checkpoint)
+
+    def read_calibration(self, tokens: int) -> Text:
+        """The text on which codes are chosen, read once for all artifacts."""
+        if tokens not in self._texts:
+            self._texts[tokens] = read_text(
+                self.checkpoint, self.chat, "calibration", path=self.options.calibration,
+                tokens=tokens, length=CALIBRATION_LENGTH,
+            )  # fmt: skip
+        return self._texts[tokens]
 
     def step_name(self, step: str, name: str) -> str:
         """Name of a step in the report; says which artifact when there are several."""

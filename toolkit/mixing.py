@@ -28,7 +28,7 @@ from toolkit.quality.comparing import Sequences
 from toolkit.quality.gate import probe_ids
 from toolkit.quality.rounding import read_rounded, round_trip
 from toolkit.quality.texts import read_text
-from toolkit.quantize.grids import MOST_BITS, GridEncoder
+from toolkit.quantize.grids import is_choosable
 from toolkit.recipe import Recipe
 from toolkit.stream import Encoder
 
@@ -170,10 +170,9 @@ class Mixture:
 
     def _gain(self, name: str, encoder: Encoder) -> float:
         """What the recipe's method leaves of a matrix's cost; an embedding is looked up only."""
-        is_coded = isinstance(encoder, GridEncoder) and encoder.bits <= MOST_BITS
         if self.recipe.quantization.method == "rtn" or name == self.decoder.names.embedding:
             return 1.0
-        return GPTQ_GAIN if is_coded else 1.0
+        return GPTQ_GAIN if is_choosable(encoder) else 1.0
 
     def _total_gain(self, steps: Steps) -> float:
         """The same for all matrices of a mix."""
@@ -235,8 +234,7 @@ class Mixture:
     @property
     def _source(self) -> Decoder:
         """The source as the runtime can be: with LongRoPE's long factors where it has no others."""
-        is_long = self.smallest.needs.always_long_rope
-        return self.decoder.with_long_rope() if is_long else self.decoder
+        return self.smallest.source_decoder
 
     def _plan_with(self, choice: Any) -> Plan:
         """The plan with one choice wherever it can be made, the smallest elsewhere."""

@@ -19,7 +19,8 @@ from toolkit.decoder import Decoder
 from toolkit.errors import ArtifactError
 from toolkit.families import read_decoder
 from toolkit.formats import Session
-from toolkit.quality import reference, tokens
+from toolkit.quality import tokens
+from toolkit.quality.comparing import read_source
 from toolkit.quality.gate import probe_ids
 from toolkit.quality.measures import Comparison, compare_logits
 from toolkit.recipe import Recipe
@@ -184,9 +185,7 @@ def _compare_logits(
     length = min(manifest.valid_context[1] for manifest in manifests.values())
     chat, tokenizer = manifests["vendor"].chat, tokens.read_tokenizer(checkpoint)
     ids, probes = probe_ids(checkpoint, chat, length), tokens.list_probes(tokenizer, chat)
-    total_bytes = reference.bytes_to_read(checkpoint, decoder)
-    with console.progress("the source's logits", total_bytes) as advance:
-        source = reference.forward(checkpoint, decoder, ids, advance=advance)
+    source = read_source(checkpoint, decoder, [ids], console).logits(0, slice(None))
     logits, mismatches = {}, {}
     for engine in ENGINES:  # one at a time, for either may fill the memory
         session: Session = formats.get(recipe.format).open_session(folders[engine])

@@ -13,7 +13,7 @@ from toolkit.console import format_bytes
 from toolkit.decoder import Decoder
 from toolkit.errors import PhishipError, PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.quantize.grids import MOST_BITS, GridEncoder
+from toolkit.quantize.grids import MOST_BITS, is_choosable
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 from toolkit.target import Target
@@ -45,6 +45,11 @@ class Plan:
     def artifact_bytes(self) -> int:
         """Size of the artifact: exact for the weights, rounded up for the small files."""
         return self.data.size_bytes + self.rest_bytes
+
+    @property
+    def source_decoder(self) -> Decoder:
+        """The source as the runtime can be: with LongRoPE's long factors where it has no others."""
+        return self.decoder.with_long_rope() if self.needs.always_long_rope else self.decoder
 
     @property
     def kv_bytes(self) -> int:
@@ -152,8 +157,7 @@ def _check_codes(recipe: Recipe, decoder: Decoder, data: DataFile) -> None:
         raise PlanError(f"{where}: the vendor's engine chooses its own codes; use engine: native")
     # The embedding is looked up, not multiplied: there is nothing to choose its codes by.
     matrices = [p.encoder for p in data.pieces if p.tensor != decoder.names.embedding]
-    coded = [encoder for encoder in matrices if isinstance(encoder, GridEncoder)]
-    if not any(encoder.bits <= MOST_BITS for encoder in coded):
+    if not any(map(is_choosable, matrices)):
         raise PlanError(
             f"{where}: its matrices have no codes of {MOST_BITS} bits or fewer that can be chosen",
             advice="leave it out",

@@ -59,14 +59,14 @@ def _open_reader(opened: Opened) -> Read:
 def _compare(opened: Opened) -> Comparison:
     """The measures of `check`, with the artifact's weights in the reference forward."""
     sequences = opened.compared.sequences
-    source = opened.read_source(sequences, opened.source_decoder)
+    source = opened.read_source(sequences, opened.plan.source_decoder)
     with opened.console.waiting("reading the text with the artifact's weights"):
         return weightonly.compare(_open_reader(opened), source, sequences)
 
 
 def _measure(opened: Opened) -> Sensitivity:
     """What each matrix costs alone; what equalization folded in is undone for that."""
-    checkpoint, decoder = opened.checkpoint, opened.source_decoder
+    checkpoint, decoder = opened.checkpoint, opened.plan.source_decoder
     text = opened.compared
     length = min(text.length, TABLE_TOKENS)
     sequences = [ids[:length] for ids in text.sequences[: TABLE_TOKENS // length]]

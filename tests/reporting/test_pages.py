@@ -6,7 +6,8 @@ import pytest
 
 from tests.reporting.samples import HOSTILE
 from toolkit.errors import BuildError
-from toolkit.pages import make_visible, write_whole
+from toolkit.fileio import write_whole
+from toolkit.pages import make_visible
 
 
 @pytest.mark.parametrize(

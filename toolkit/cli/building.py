@@ -1,7 +1,7 @@
 """Commands about recipes, checkpoints and artifacts on this machine."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -21,6 +21,9 @@ from toolkit.cli.options import (
 )
 from toolkit.console import Console
 from toolkit.report import Report
+
+if TYPE_CHECKING:
+    from toolkit.budget import Budget
 
 
 @click.command("list")
@@ -100,8 +103,8 @@ def build_command(
     model in one pass over it; what is there already is kept.
     """
     from toolkit import catalog
-    from toolkit.budget import Budget, fit_budget
-    from toolkit.build import build_all, choose_method, raise_on_sigterm, require_all
+    from toolkit.adapt import Wanted, adapt_recipes
+    from toolkit.build import build_all, raise_on_sigterm, require_all
     from toolkit.job import Options
     from toolkit.source import list_recipes, open_source
 
@@ -109,11 +112,8 @@ def build_command(
         raise click.UsageError("give either a RECIPE or --all")
     if kinds and not build_all_of:
         raise click.UsageError("--format goes with --all")
-    if max_size is not None and max_kl is not None:
-        raise click.UsageError("give either --max-size or --max-kl")
-    budget = None if max_size is None and max_kl is None else Budget(max_size, max_kl)
-    if budget and build_all_of:
-        raise click.UsageError("--max-size and --max-kl go with one RECIPE")
+    budget = _read_budget(max_size, max_kl, build_all_of)
+    wanted = Wanted(engine, method, equalize, calibration, budget)
     raise_on_sigterm()
     console = Console(as_json=as_json)
     options = Options(
@@ -125,15 +125,7 @@ def build_command(
     with rendering(console, report):
         opened = open_source(checkpoint, console)
         recipes = recipes or list_recipes(opened, checkpoint, kinds)
-        recipes = [one.with_engine(engine) if engine else one for one in recipes]
-        text = None if budget else calibration
-        recipes = choose_method(recipes, opened, method, equalize, text, console)
-        if budget:
-            mix = fit_budget(
-                recipes[0], opened, budget, console, report, context_length=context,
-                text=calibration,
-            )  # fmt: skip
-            recipes = [mix.recipe]
+        recipes = adapt_recipes(recipes, opened, wanted, console, report, context)
         results = build_all(recipes, opened, out, options, console, report)
         for name, result in results.items():
             if isinstance(result, Path):
@@ -141,6 +133,19 @@ def build_command(
         require_all(results)
     for result in results.values():
         console.result(str(result))
+
+
+def _read_budget(max_size: int | None, max_kl: float | None, is_for_all: bool) -> "Budget | None":
+    """What --max-size or --max-kl say; a usage error where they cannot stand."""
+    from toolkit.budget import Budget
+
+    if max_size is None and max_kl is None:
+        return None
+    if max_size is not None and max_kl is not None:
+        raise click.UsageError("give either --max-size or --max-kl")
+    if is_for_all:
+        raise click.UsageError("--max-size and --max-kl go with one RECIPE")
+    return Budget(max_size, max_kl)
 
 
 @click.command("check")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import __version__
+from toolkit.fileio import write_whole
 from toolkit.measuring.agreement import split_differences
 from toolkit.measuring.compare import (
     PAIR_HEADERS,
@@ -14,7 +15,7 @@ from toolkit.measuring.compare import (
     list_side,
 )
 from toolkit.measuring.sides import Side
-from toolkit.pages import render, write_whole
+from toolkit.pages import render
 
 TEMPLATE = "compare.html.j2"
 

@@ -1,11 +1,7 @@
-"""HTML pages that need nothing else: one look, one way to escape, one way to write a file."""
+"""HTML pages that need nothing else: one look, one way to escape."""
 
-import os
-import tempfile
 import unicodedata
 from pathlib import Path
-
-from toolkit.errors import BuildError
 
 SIGNS = {"\n": "↵", "\t": "⇥"}
 JOINERS = "\u200c\u200d"  # within words of Persian and Indic scripts, and within emoji
@@ -53,26 +49,3 @@ def render(folder: Path, template: str, **fields: object) -> str:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=finalize,
     )  # fmt: skip
     return environment.get_template(template).render(**fields)
-
-
-def write_whole(text: str, path: Path) -> None:
-    """Write a text file as UTF-8, all of it or nothing; BuildError when that fails."""
-    try:
-        descriptor, part = tempfile.mkstemp(prefix=f".{path.name[:100]}-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as stream:
-                stream.write(text)
-            Path(part).chmod(0o666 & ~_read_umask())
-            Path(part).replace(path)
-        except BaseException:
-            Path(part).unlink()
-            raise
-    except OSError as error:
-        raise BuildError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def _read_umask() -> int:
-    """The permissions that new files lack here; mkstemp's are the owner's alone."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask

@@ -10,7 +10,7 @@ import numpy as np
 
 from toolkit.artifact import Manifest
 from toolkit.errors import BuildError, SettingsError
-from toolkit.pages import write_whole
+from toolkit.fileio import write_whole
 from toolkit.quality.measures import PERCENT, Comparison
 from toolkit.quality.texts import Text
 

@@ -94,7 +94,7 @@ def bytes_to_read(checkpoint: Checkpoint, decoder: Decoder, tokens: int) -> int:
     nbytes = {name: info.nbytes for name, info in checkpoint.tensors.items()}
     total = -(-(2 + len(KINDS) * decoder.layers) // each) * nbytes[decoder.head_name]
     for layer in range(decoder.layers):
-        matrices = sum(nbytes[name] for name in _matrices(decoder, layer).values())
+        matrices = sum(nbytes[name] for name in decoder.layer_matrices(layer))
         parts = -(-(2 + len(KINDS) * layer) // each) + -(-len(KINDS) // each)
         total += parts * matrices
     return total
@@ -133,7 +133,7 @@ class _Pass:
         """Take all variants through a layer; one for each of its matrices joins them."""
         count = len(self.uses) + 1
         start = np.repeat(self.hidden[:1], len(KINDS), axis=0)
-        branches = list(_matrices(self.decoder, layer).values())
+        branches = list(self.decoder.layer_matrices(layer))
         for part in self._parts(len(KINDS)):
             weights = _Branching(self.source, self.replaced, branches[part], self.tokens)
             joined = slice(count + part.start, count + part.stop)
@@ -141,7 +141,7 @@ class _Pass:
         for part in self._parts(count):
             self.hidden[part] = self._run(self.source, layer, self.hidden[part])
         self.whole = self._run(self.replaced, layer, self.whole[None])[0]
-        for kind, name in _matrices(self.decoder, layer).items():
+        for kind, name in zip(KINDS, branches, strict=True):
             self._note(name, kind, layer)
 
     def compare(self) -> Iterator[float]:
@@ -237,11 +237,6 @@ def measure_bytes(data: DataFile) -> dict[str, int]:
         size = sum(sizes[offset] for offset in piece.offsets)
         taken[piece.tensor] = taken.get(piece.tensor, 0) + size
     return taken
-
-
-def _matrices(decoder: Decoder, layer: int) -> dict[str, str]:
-    """Kind and name of a layer's matrices, in order of use."""
-    return {kind: getattr(decoder.names, kind).format(layer) for kind in KINDS}
 
 
 def _variants_per_part(tokens: int) -> int:

@@ -7,7 +7,7 @@ is what a `GridEncoder` knows. Choosing codes (nearest here, GPTQ in gptq.py) ne
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +35,11 @@ class Grid:
 
 @runtime_checkable
 class GridEncoder(Protocol):
-    """An encoder (stream.py) whose codes others may choose: `bits` each, groups of `size`."""
+    """An encoder (stream.py) whose codes of `bits` others may choose."""
 
     @property
     def bits(self) -> int:
         """Bits of a code."""
-
-    @property
-    def size(self) -> int:
-        """Weights that share a step and an origin; they lie side by side in a row."""
 
     def fit(self, weights: Floats, importance: Floats | None = None) -> Grid:
         """The format's own grid for weights [rows, columns]; ValueError when it holds them not.
@@ -55,6 +51,11 @@ class GridEncoder(Protocol):
         self, descriptor: int, codes: Codes, grid: Grid, row: int, offsets: tuple[int, ...]
     ) -> None:
         """Write codes [rows, columns], one a byte, as `Encoder.write` writes rows."""
+
+
+def is_choosable(encoder: object) -> TypeGuard[GridEncoder]:
+    """True when choosing an encoder's codes with care is worth it."""
+    return isinstance(encoder, GridEncoder) and encoder.bits <= MOST_BITS
 
 
 def fit_together(encoder: GridEncoder, weights: Floats, importance: Floats | None = None) -> Grid:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from toolkit.console import Console
 from toolkit.errors import SettingsError, require
-from toolkit.pages import write_whole
+from toolkit.fileio import write_whole
 from toolkit.reporting.content import collect
 from toolkit.reporting.data import Data, read_data
 from toolkit.reporting.markdown import render_markdown

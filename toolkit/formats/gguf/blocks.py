@@ -25,11 +25,10 @@ SCALE_IQ4_XS = 32
 
 @dataclass(frozen=True)
 class Blocks:
-    """A type whose codes others may choose: fields of a block, bits of a code, weights a group."""
+    """A type whose codes others may choose: fields of a block, bits of a code."""
 
     fields: np.dtype[Any]
     bits: int
-    size: int
 
 
 def _block(*fields: tuple[str, str] | tuple[str, str, tuple[int, ...]]) -> np.dtype[Any]:
@@ -37,30 +36,30 @@ def _block(*fields: tuple[str, str] | tuple[str, str, tuple[int, ...]]) -> np.dt
 
 
 BLOCKS = {
-    GgmlType.Q4_0: Blocks(_block(("d", "<f2"), ("qs", "u1", (16,))), 4, 32),
-    GgmlType.Q4_1: Blocks(_block(("d", "<f2"), ("m", "<f2"), ("qs", "u1", (16,))), 4, 32),
-    GgmlType.Q5_0: Blocks(_block(("d", "<f2"), ("qh", "<u4"), ("qs", "u1", (16,))), 5, 32),
+    GgmlType.Q4_0: Blocks(_block(("d", "<f2"), ("qs", "u1", (16,))), 4),
+    GgmlType.Q4_1: Blocks(_block(("d", "<f2"), ("m", "<f2"), ("qs", "u1", (16,))), 4),
+    GgmlType.Q5_0: Blocks(_block(("d", "<f2"), ("qh", "<u4"), ("qs", "u1", (16,))), 5),
     GgmlType.Q5_1: Blocks(
-        _block(("d", "<f2"), ("m", "<f2"), ("qh", "<u4"), ("qs", "u1", (16,))), 5, 32
+        _block(("d", "<f2"), ("m", "<f2"), ("qh", "<u4"), ("qs", "u1", (16,))), 5
     ),
-    GgmlType.Q8_0: Blocks(_block(("d", "<f2"), ("qs", "u1", (32,))), 8, 32),
-    GgmlType.IQ4_NL: Blocks(_block(("d", "<f2"), ("qs", "u1", (16,))), 4, 32),
+    GgmlType.Q8_0: Blocks(_block(("d", "<f2"), ("qs", "u1", (32,))), 8),
+    GgmlType.IQ4_NL: Blocks(_block(("d", "<f2"), ("qs", "u1", (16,))), 4),
     GgmlType.IQ4_XS: Blocks(
-        _block(("d", "<f2"), ("high", "<u2"), ("low", "u1", (4,)), ("qs", "u1", (128,))), 4, 32
+        _block(("d", "<f2"), ("high", "<u2"), ("low", "u1", (4,)), ("qs", "u1", (128,))), 4
     ),
     GgmlType.Q4_K: Blocks(
-        _block(("d", "<f2"), ("m", "<f2"), ("scales", "u1", (12,)), ("qs", "u1", (128,))), 4, 32
+        _block(("d", "<f2"), ("m", "<f2"), ("scales", "u1", (12,)), ("qs", "u1", (128,))), 4
     ),
     GgmlType.Q5_K: Blocks(
         _block(
             ("d", "<f2"), ("m", "<f2"), ("scales", "u1", (12,)), ("qh", "u1", (32,)),
             ("qs", "u1", (128,)),
         ),
-        5, 32,
+        5,
     ),
     GgmlType.Q6_K: Blocks(
         _block(("ql", "u1", (128,)), ("qh", "u1", (64,)), ("scales", "i1", (16,)), ("d", "<f2")),
-        6, 16,
+        6,
     ),
 }  # fmt: skip
 

@@ -92,11 +92,6 @@ class GridBlocks(GgmlEncoder):
         """Bits of a code."""
         return blocks.BLOCKS[self.kind].bits
 
-    @property
-    def size(self) -> int:
-        """Weights that share a step and an origin."""
-        return blocks.BLOCKS[self.kind].size
-
     def fit(self, weights: Floats, importance: Floats | None = None) -> Grid:
         """The grid of ggml's own kernel, which weighs columns by `importance` as by an imatrix."""
         encoded = np.empty((len(weights), self.kind.row_bytes(weights.shape[1])), np.uint8)

@@ -25,11 +25,6 @@ class Blocks:
     symmetric: bool
     scale_dtype: str
 
-    @property
-    def size(self) -> int:
-        """Weights that share a scale."""
-        return self.block_size
-
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
         """Quantize rows; `offsets` are those of codes, scales and, if any, zero points."""
         rows, columns = raw.shape
