@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from toolkit import __version__, catalog, formats
@@ -222,7 +222,7 @@ def what_fits(plan: Plan, target: Target) -> list[str]:
     advice = []
     way = f"{plan.recipe.format}/{plan.needs.provider}"
     context = largest_context(plan, target)
-    if way in target.runs and 0 < context < plan.context_length:
+    if way in target.runs and context < plan.context_length and _at(plan, context):
         advice.append(f"--context {context} would fit")
     plans = _plan_all(plan.recipe.model, plan.decoder)
     others = [other for other in plans if other.recipe.name != plan.recipe.name]
@@ -247,7 +247,15 @@ def _plan_all(model: str, decoder: Decoder) -> tuple[Plan, ...]:
 
 def _fit_shorter(plan: Plan, target: Target) -> str:
     """The recipe with a context that fits, shorter than its own; empty when none does."""
-    context = largest_context(plan, target)
-    if not context or find_problem(replace(plan, context_length=context), target):
+    shorter = _at(plan, largest_context(plan, target))
+    if shorter is None or find_problem(shorter, target):
         return ""
-    return f"{plan.recipe.name} with --context {context}"
+    return f"{plan.recipe.name} with --context {shorter.context_length}"
+
+
+def _at(plan: Plan, context_length: int) -> Plan | None:
+    """The same with another context; None when the recipe is not for contexts that short."""
+    with contextlib.suppress(PlanError):
+        if context_length:
+            return make_plan(plan.recipe, plan.decoder, context_length=context_length)
+    return None

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -157,9 +158,10 @@ def make_variant(tmp_path_factory) -> Callable[[str, str], tuple[Path, Path]]:
     def make(variant: str, recipe_name: str) -> tuple[Path, Path]:
         made = tmp_path_factory.mktemp(variant)
         source = write_random_checkpoint(made / "source", variant)
-        recipe = msgspec.structs.replace(
-            catalog.load_recipe(recipe_name), check=Limits(max_kl=0.02, min_top1=0.8), smoke=None
-        )
+        changes: dict[str, Any] = {"check": Limits(max_kl=0.02, min_top1=0.8), "smoke": None}
+        if variant == "longrope" and "gguf" in recipe_name:
+            changes["rope_factors"] = "long"
+        recipe = msgspec.structs.replace(catalog.load_recipe(recipe_name), **changes)
         options = Options(check=False)
         folder = build(recipe, Checkpoint.open(source), made, options, QUIET, Report(""))
         return folder, source

@@ -78,21 +78,25 @@ class Artifacts:
             checkpoint = self.checkpoint(case)
             folder = self._folder / f"{case}-{precision}"
             folder.mkdir()
-            write_artifact(make_recipe(precision), checkpoint, folder)
-            written = Written(checkpoint, read_decoder(checkpoint.config), folder)
+            decoder = read_decoder(checkpoint.config)
+            write_artifact(make_recipe(precision, is_long=decoder.rope.is_long), checkpoint, folder)
+            written = Written(checkpoint, decoder, folder)
             self._written[case, precision] = written
         return self._written[case, precision]
 
 
-def make_recipe(precision: str, model: str = "phi-3-test") -> GgufRecipe:
-    """A recipe of one precision; `a+b` has embedding and head in type b."""
+def make_recipe(precision: str, model: str = "phi-3-test", *, is_long: bool = False) -> GgufRecipe:
+    """A recipe of one precision, `a+b` with embedding and head in type b; for long contexts."""
     base, _, ends = precision.partition("+")
     quantization = GgufQuantization(
         precision=base,  # type: ignore[arg-type]
         embedding=ends or None,  # type: ignore[arg-type]
         head=ends or None,  # type: ignore[arg-type]
     )
-    return GgufRecipe(name=f"x-gguf-{precision}", model=model, title="x", quantization=quantization)
+    return GgufRecipe(
+        name=f"x-gguf-{precision}", model=model, title="x", quantization=quantization,
+        rope_factors="long" if is_long else "short",
+    )  # fmt: skip
 
 
 _artifacts: list[Artifacts] = []

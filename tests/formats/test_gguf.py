@@ -274,7 +274,7 @@ def test_workers_and_shards_do_not_change_a_byte(
 ) -> None:
     one = Checkpoint.open(write_random_checkpoint(tmp_path / "one", "longrope_gqa"))
     three = Checkpoint.open(write_random_checkpoint(tmp_path / "three", "longrope_gqa", shards=3))
-    recipe = make_recipe(precision)
+    recipe = make_recipe(precision, is_long=True)
     for name in ("alone", "two"):
         (tmp_path / name).mkdir()
     write_artifact(recipe, one, tmp_path / "alone", workers=1)
@@ -327,3 +327,28 @@ def test_unusual_rows_are_allowed_unquantized_and_noted_in_the_plan(
     notes = gguf.needs(make_recipe("q4_k_m"), decoder, 256).notes
     assert any("no multiple of 256 are Q5_0, Q8_0" in note for note in notes)
     assert not gguf.needs(make_recipe("q8_0"), decoder, 256).notes
+
+
+@pytest.mark.parametrize(
+    ("case", "context", "factors", "said"),
+    [
+        # llama.cpp allocates multiples of 256.
+        ("long_context", 257, "short", "got 257; rope_factors: short holds up to 256 tokens"),
+        ("long_context", 256, "long", "got 256 with rope_factors: long; allowed 257 or more"),
+        ("mha", 256, "long", "with rope_factors: long; allowed a model with LongRoPE"),
+    ],
+)
+def test_no_context_crosses_to_the_long_factors_unasked(
+    case: str, context: int, factors: str, said: str, cases: Artifacts
+) -> None:
+    decoder = read_decoder(cases.checkpoint(case).config)
+    recipe = make_recipe("q4_0", is_long=factors == "long")
+    with pytest.raises(PlanError, match=said):
+        gguf.needs(recipe, decoder, context)
+
+
+def test_each_profile_says_for_which_lengths_it_is(cases: Artifacts) -> None:
+    decoder = read_decoder(cases.checkpoint("long_context").config)
+    short, long = (make_recipe("q4_0", is_long=is_long) for is_long in (False, True))
+    assert gguf.needs(short, decoder, 256).valid_context == (1, 256)
+    assert gguf.needs(long, decoder, 512).valid_context == (257, 512)

@@ -74,8 +74,10 @@ def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
 
 
 def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
-    """What llama.cpp takes to run it on the CPU."""
+    """What llama.cpp takes to run it; PlanError when the context asks for the other factors."""
+    recipe = cast(GgufRecipe, recipe)
     valid, notes = find_valid_context(decoder, context_length)
+    _check_factors(recipe, decoder, context_length, has_long=valid[0] > 1)
     return RuntimeNeeds(
         engine="llama_cpp",
         provider="cpu",
@@ -84,7 +86,7 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         kv_bytes_per_token=decoder.kv_bytes_per_token(CACHE_BYTES),
         overhead_bytes=OVERHEAD_BYTES,
         valid_context=valid,
-        notes=(*notes, *_fallback_notes(cast(GgufRecipe, recipe), decoder)),
+        notes=(*notes, *_fallback_notes(recipe, decoder)),
     )
 
 
@@ -143,6 +145,23 @@ def find_valid_context(decoder: Decoder, context_length: int) -> tuple[tuple[int
             f"{original} or less for texts that short"
         )
     return (first, last), notes
+
+
+def _check_factors(
+    recipe: GgufRecipe, decoder: Decoder, context_length: int, *, has_long: bool
+) -> None:
+    """PlanError when crossing to LongRoPE's long factors was not asked for, or cannot be."""
+    original, asked = decoder.rope.original_context, recipe.rope_factors
+    where = f"{recipe.name}: context_length: got {context_length}"
+    if has_long and asked == "short":
+        raise PlanError(
+            f"{where}; rope_factors: short holds up to {original} tokens: with more allocated "
+            "llama.cpp takes LongRoPE's long factors for texts of every length",
+            advice=f"give --context {original} or less, or a recipe with rope_factors: long",
+        )
+    if asked == "long" and not has_long:
+        allowed = f"{original + 1} or more" if decoder.rope.is_long else "a model with LongRoPE"
+        raise PlanError(f"{where} with rope_factors: long; allowed {allowed}")
 
 
 def _fallback_notes(recipe: GgufRecipe, decoder: Decoder) -> list[str]:

@@ -123,6 +123,8 @@ def load_llama() -> ctypes.CDLL:
 
 def attempt(call: Callable[[], Any]) -> tuple[Any, str]:
     """The call's result, and what llama.cpp logged as errors meanwhile."""
+    # Each time: a server of the wheel in this process has taken the log since.
+    load_llama().llama_log_set(_log_callback, None)
     _last_errors.clear()
     result = call()
     return result, "; ".join(_last_errors[-3:])

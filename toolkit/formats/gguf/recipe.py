@@ -28,6 +28,11 @@ class GgufQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class GgufRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="gguf"):
-    """An artifact for llama.cpp and what is built on it: Ollama, LlamaEdge, LM Studio."""
+    """An artifact for llama.cpp and what is built on it: Ollama, LlamaEdge, LM Studio.
 
+    `rope_factors: long` belongs to checkpoints with LongRoPE and contexts beyond the original one:
+    llama.cpp picks the factors by the context that is allocated, for texts of every length.
+    """
+
+    rope_factors: Literal["short", "long"] = "short"
     quantization: GgufQuantization
