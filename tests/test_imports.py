@@ -27,7 +27,7 @@ GROUPS = (
     {"plan", "source", "wheels"},
     {"calibrate", "check", "export", "job", "mixing", "preflight", "smoke"},
     {"budget", "convert", "remote", "runtime", "weights"},
-    {"adapt", "place", "trial"},
+    {"adapt", "place", "support", "trial"},
     {"adopt", "build", "deploy", "howto"},
     {"adb", "bundle", "listing", "llamaedge", "measuring", "ollama", "parity", "serve", "ship"},
     {"reporting"},

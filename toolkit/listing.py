@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from toolkit import catalog, formats
+from toolkit import catalog, formats, support
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
 from toolkit.console import Console, format_bytes
@@ -41,6 +41,23 @@ def show_list(kind: str, console: Console) -> None:
         "models": ["model", "what it is", "pinned revision"],
     }[kind]
     console.table("", headers, rows)
+
+
+def show_support(console: Console, *, markdown: bool) -> None:
+    """Show which model runs in what and where; or write the page of the docs."""
+    if markdown:
+        console.result(support.render_markdown().rstrip("\n"))
+        return
+    models = support.list_models()
+    rows = []
+    for cell in support.list_cells(models):
+        console.event("support", **vars(cell))
+        what = f"{len(cell.recipes)} recipes; {cell.verified}" if cell.recipes else cell.refusal
+        rows.append([cell.model, cell.format, "yes" if cell.recipes else "no", what])
+    for fit in support.list_fits(models):
+        console.event("fit", **vars(fit))
+    console.table("", ["model", "format", "", "recipes and what was verified, or why not"], rows)
+    console.note("what fits which target: docs/support.md, or --json")
 
 
 def show_plan(

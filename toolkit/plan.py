@@ -228,7 +228,7 @@ def what_fits(plan: Plan, target: Target) -> list[str]:
     others = [other for other in plans if other.recipe.name != plan.recipe.name]
     names = [other.recipe.name for other in others if not find_problem(other, target)]
     if not names:
-        names = [text for other in others if (text := _fit_shorter(other, target))]
+        names = [text for other in others if (text := fit_shorter(other, target))]
     if names:
         more = f" and {len(names) - SHOWN_RECIPES} more" if len(names) > SHOWN_RECIPES else ""
         advice.append(f"these recipes would fit: {', '.join(names[:SHOWN_RECIPES])}{more}")
@@ -245,7 +245,7 @@ def _plan_all(model: str, decoder: Decoder) -> tuple[Plan, ...]:
     return tuple(plans)
 
 
-def _fit_shorter(plan: Plan, target: Target) -> str:
+def fit_shorter(plan: Plan, target: Target) -> str:
     """The recipe with a context that fits, shorter than its own; empty when none does."""
     shorter = _at(plan, largest_context(plan, target))
     if shorter is None or find_problem(shorter, target):

@@ -25,16 +25,25 @@ from toolkit.report import Report
 if TYPE_CHECKING:
     from toolkit.budget import Budget
 
+KINDS = ("recipes", "targets", "models")
+
 
 @click.command("list")
-@click.argument("kind", type=click.Choice(["recipes", "targets", "models"]), required=False)
+@click.argument("kind", type=click.Choice([*KINDS, "support"]), required=False)
+@click.option("--markdown", is_flag=True, help="With support: write docs/support.md to stdout.")
 @json_option
-def list_command(kind: str | None, as_json: bool) -> None:
-    """Show the bundled recipes, targets and models."""
-    from toolkit.listing import show_list
+def list_command(kind: str | None, markdown: bool, as_json: bool) -> None:
+    """Show the bundled recipes, targets and models; or which model runs in what, where."""
+    from toolkit.listing import show_list, show_support
 
-    for one in [kind] if kind else ["recipes", "targets", "models"]:
-        show_list(one, Console(as_json=as_json))
+    console = Console(as_json=as_json)
+    if markdown and kind != "support":
+        raise click.UsageError("--markdown goes with support")
+    if kind == "support":
+        show_support(console, markdown=markdown)
+        return
+    for one in [kind] if kind else KINDS:
+        show_list(one, console)
 
 
 @click.command("plan")
