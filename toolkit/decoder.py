@@ -256,5 +256,17 @@ def name_bias(name: str) -> str:
     return f"{name.removesuffix('.weight')}.bias"
 
 
+def cut(parts: Parts, first: int, last: int) -> Parts:
+    """Rows `first` to `last`, not included, of what parts are put together to."""
+    found, start = [], 0
+    for part in parts:
+        begin, end = max(first - start, 0), min(last - start, part.count)
+        if begin < end:
+            place = part.start + begin * part.step
+            found.append(replace(part, start=place, count=end - begin))
+        start += part.count
+    return tuple(found)
+
+
 def _at(parts: Parts, layer: int, expert: int = 0) -> Parts:
     return tuple(part.at(layer, expert) for part in parts)
