@@ -46,6 +46,7 @@ class Shape:
     context: int = 4096
     sliding_window: int = 2047
     vocabulary: int = 32064
+    experts: int = 0
 
     @property
     def is_long(self) -> bool:
@@ -56,6 +57,9 @@ SHAPES = {
     "mini": Shape(),
     "medium": Shape(hidden=5120, inner=17920, layers=40, heads=40, kv_heads=10),
     "phi-3.5-mini": Shape(context=131072, sliding_window=262144),
+    "phi-3.5-moe": Shape(
+        hidden=4096, inner=6400, kv_heads=8, context=131072, sliding_window=131072, experts=16
+    ),
 }
 
 
@@ -149,7 +153,10 @@ def plan_shards(shape: Shape) -> list[list[Tensor]]:
 
 
 def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the name and shape of every tensor of a Phi3ForCausalLM."""
+    """Yield the name and shape of every tensor of a Phi3ForCausalLM or PhiMoEForCausalLM."""
+    if shape.experts:
+        yield from moe_shapes(shape)
+        return
     hidden, inner = shape.hidden, shape.inner
     qkv = (shape.heads + 2 * shape.kv_heads) * (hidden // shape.heads)
     yield "model.embed_tokens.weight", (shape.vocabulary, hidden)
@@ -162,6 +169,30 @@ def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield prefix + "self_attn.o_proj.weight", (hidden, hidden)
         yield prefix + "self_attn.qkv_proj.weight", (qkv, hidden)
     yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (shape.vocabulary, hidden)
+
+
+def moe_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the same of a PhiMoEForCausalLM, whose norms and projections have biases."""
+    hidden, inner = shape.hidden, shape.inner
+    keys = shape.kv_heads * (hidden // shape.heads)
+    yield "model.embed_tokens.weight", (shape.vocabulary, hidden)
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}."
+        moe = f"{prefix}block_sparse_moe."
+        yield f"{moe}gate.weight", (shape.experts, hidden)
+        for expert in range(shape.experts):
+            yield f"{moe}experts.{expert}.w1.weight", (inner, hidden)
+            yield f"{moe}experts.{expert}.w2.weight", (hidden, inner)
+            yield f"{moe}experts.{expert}.w3.weight", (inner, hidden)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{prefix}{norm}.weight", (hidden,)
+            yield f"{prefix}{norm}.bias", (hidden,)
+        for part, rows in (("k", keys), ("o", hidden), ("q", hidden), ("v", keys)):
+            yield f"{prefix}self_attn.{part}_proj.weight", (rows, hidden)
+            yield f"{prefix}self_attn.{part}_proj.bias", (rows,)
+    for name in ("model.norm.weight", "model.norm.bias", "lm_head.bias"):
+        yield name, (shape.vocabulary if name == "lm_head.bias" else hidden,)
     yield "lm_head.weight", (shape.vocabulary, hidden)
 
 
@@ -184,6 +215,26 @@ def write_shard(file: BinaryIO, tensors: list[Tensor], noise: Noise) -> None:
 
 def model_config(shape: Shape) -> dict[str, Any]:
     """Return config.json with the keys and spellings of the published one."""
+    return {**phi3_config(shape), **(moe_config(shape) if shape.experts else {})}
+
+
+def moe_config(shape: Shape) -> dict[str, Any]:
+    """What Phi-3.5-MoE says beside or instead."""
+    scale = 1.243163121016122
+    return {
+        "architectures": ["PhiMoEForCausalLM"],
+        "model_type": "phimoe",
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "num_local_experts": shape.experts,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.01,
+        "rope_scaling": {**long_rope(shape), "short_mscale": scale, "long_mscale": scale},
+    }
+
+
+def phi3_config(shape: Shape) -> dict[str, Any]:
+    """The same of a Phi-3."""
     return {
         "architectures": ["Phi3ForCausalLM"],
         "attention_bias": False,

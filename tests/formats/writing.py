@@ -4,6 +4,7 @@ from pathlib import Path
 
 from toolkit import fileio, formats
 from toolkit.checkpoint import Checkpoint
+from toolkit.decoder import Decoder
 from toolkit.families import read_decoder
 from toolkit.plan import make_plan
 from toolkit.progress import ignore
@@ -11,9 +12,12 @@ from toolkit.recipe import Recipe
 from toolkit.stream import Output, stream
 
 
-def write_artifact(recipe: Recipe, checkpoint: Checkpoint, folder: Path, workers: int = 1) -> None:
-    """Write data file and everything beside it into `folder`."""
-    decoder = read_decoder(checkpoint.config)
+def write_artifact(
+    recipe: Recipe, checkpoint: Checkpoint, folder: Path, workers: int = 1,
+    decoder: Decoder | None = None,
+) -> None:  # fmt: skip
+    """Write data file and everything beside it into `folder`; `decoder` instead of its family's."""
+    decoder = decoder or read_decoder(checkpoint.config)
     plan = make_plan(recipe, decoder, workers=workers)
     module = formats.get(recipe.format)
     header = module.header_bytes(recipe, decoder, checkpoint)

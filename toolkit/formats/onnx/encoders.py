@@ -81,6 +81,19 @@ class Plain:
 
 
 @dataclass(frozen=True)
+class Picked:
+    """Some values of a vector as plain ones: `count` from `start` on, every `step`-th."""
+
+    dtype: str
+    span: slice
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        """Convert them and write them in place."""
+        values = np.ascontiguousarray(_convert(raw, self.dtype)[:, self.span])
+        write_rows(descriptor, values, row, offsets[0])
+
+
+@dataclass(frozen=True)
 class Transposed:
     """Rows of an [out, in] matrix written as columns of an [in, out] one, `out` wide."""
 

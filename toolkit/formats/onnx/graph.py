@@ -8,8 +8,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from toolkit.decoder import Decoder
+from toolkit.decoder import Decoder, Experts
 from toolkit.errors import require
+from toolkit.formats.onnx import routing
 from toolkit.formats.onnx.layout import DATA_FILE, EMBEDDING, Layout, Stored, rope_rows
 
 MICROSOFT = "com.microsoft"
@@ -24,7 +25,7 @@ def make_model(layout: Layout, producer: str) -> Any:
     _add_decoder(graph)
     proto = onnx.helper.make_graph(
         graph.nodes,
-        "phi3",
+        graph.decoder.family,
         _inputs(graph),
         _outputs(graph),
         [_initializer(onnx, stored) for stored in layout.stored.values()],
@@ -43,6 +44,7 @@ class _Graph:
     layout: Layout
     nodes: list[Any] = field(default_factory=list)
     constants: dict[tuple[int, ...], str] = field(default_factory=dict)
+    numbers: dict[float, str] = field(default_factory=dict)
 
     @property
     def decoder(self) -> Decoder:
@@ -78,6 +80,15 @@ class _Graph:
             self.constants[key] = name
         return self.constants[key]
 
+    def number(self, value: float) -> str:
+        """A float32 scalar."""
+        if value not in self.numbers:
+            name = f"/constants/number/{value}"
+            tensor = self.onnx.helper.make_tensor("", self.elem("float32"), [], [value])
+            self.nodes.append(self.onnx.helper.make_node("Constant", [], [name], value=tensor))
+            self.numbers[value] = name
+        return self.numbers[value]
+
 
 ONNX_NAMES = {
     "float32": "FLOAT",
@@ -100,7 +111,10 @@ def _add_decoder(graph: _Graph) -> None:
         normed, residual = _add_norm(graph, f"{prefix}.input_layernorm", residual, branch)
         branch = _add_attention(graph, layer, normed, lengths, cos, sin)
         normed, residual = _add_norm(graph, f"{prefix}.post_attention_layernorm", residual, branch)
-        branch = _add_mlp(graph, f"{prefix}.mlp", normed)
+        if decoder.experts:
+            branch = _add_experts(graph, f"{prefix}.moe", normed, decoder.experts)
+        else:
+            branch = _add_mlp(graph, f"{prefix}.mlp", normed)
     normed, _ = _add_norm(graph, "model.norm", residual, branch)
     _add_linear(graph, "lm_head", normed, output="logits")
 
@@ -164,38 +178,43 @@ def _add_embedding(graph: _Graph) -> str:
 
 
 def _add_norm(graph: _Graph, name: str, residual: str, branch: str) -> tuple[str, str]:
-    """RMSNorm of residual + branch; returns it and the new residual."""
-    weight, node = f"{name}.weight", f"/{name.replace('.', '/')}"
-    epsilon = graph.decoder.norm_epsilon
+    """The norm of residual + branch; returns it and the new residual."""
+    weights, node = [f"{name}.weight"], f"/{name.replace('.', '/')}"
+    kind, epsilon = "SimplifiedLayerNormalization", graph.decoder.norm_epsilon
+    if graph.decoder.norm == "layer":
+        kind = "LayerNormalization"
+        weights.append(f"{name}.bias")
     if not branch:
-        op = "SimplifiedLayerNormalization"
-        normed = graph.add(op, [residual, weight], node, epsilon=epsilon, axis=-1, stash_type=1)
+        normed = graph.add(kind, [residual, *weights], node, epsilon=epsilon, axis=-1, stash_type=1)
         return normed, residual
     is_final = name == "model.norm"
     outputs = [f"{node}/output"] + ([] if is_final else ["", "", f"{node}/residual"])
-    op = "SkipSimplifiedLayerNormalization"
     normed = graph.add_many(
-        op, [residual, branch, weight], node, outputs, MICROSOFT, epsilon=epsilon
+        f"Skip{kind}", [residual, branch, *weights], node, outputs, MICROSOFT, epsilon=epsilon
     )
     return normed, outputs[-1]
 
 
 def _add_linear(graph: _Graph, name: str, value: str, output: str = "") -> str:
-    """The product with a matrix, in the bits in which the layout stores it."""
+    """The product with a matrix, in the bits in which the layout stores it, and its bias."""
     recipe, stored = graph.layout.recipe, graph.layout.stored
     node = f"/{name.replace('.', '/')}"
     output = output or f"{node}/output"
     bits = next((n for n in (4, 8) if f"{name}.weight_Q{n}" in stored), 0)
+    bias = f"{name}.bias" if f"{name}.bias" in stored else ""
     if not bits:
-        return graph.add_many("MatMul", [value, f"{name}.weight"], node, [output])
+        product = f"{node}/product" if bias else output
+        graph.add_many("MatMul", [value, f"{name}.weight"], node, [product])
+        return graph.add_many("Add", [product, bias], f"{node}/sum", [output]) if bias else output
     codes = stored[f"{name}.weight_Q{bits}"]
     rows, blocks, _ = codes.shape
     size = recipe.quantization.block_size
     inputs = [value, codes.name, f"{name}.weight_scales"]
     if not recipe.quantization.symmetric:
         inputs.append(f"{name}.weight_zero_points")
-    level = 0 if recipe.provider == "cuda" else recipe.quantization.accuracy_level
-    attributes = {"accuracy_level": level} if level else {}
+    if bias:
+        inputs += [""] * (5 - len(inputs)) + [bias]
+    attributes = {"accuracy_level": level} if (level := recipe.accuracy_level) else {}
     return graph.add_many(
         "MatMulNBits", inputs, node, [output], MICROSOFT,
         K=blocks * size, N=rows, bits=bits, block_size=size, **attributes,
@@ -234,6 +253,23 @@ def _add_mlp(graph: _Graph, prefix: str, value: str) -> str:
     silu = graph.add("Mul", [gate, sigmoid], f"{node}/silu")
     gated = graph.add("Mul", [silu, up], f"{node}/gated")
     return _add_linear(graph, f"{prefix}.down_proj", gated)
+
+
+def _add_experts(graph: _Graph, prefix: str, value: str, experts: Experts) -> str:
+    """The routing is computed in float32, whatever the activations are."""
+    recipe, node = graph.layout.recipe, f"/{prefix.replace('.', '/')}"
+    wide = value
+    if recipe.io_dtype != "float32":
+        wide = graph.add("Cast", [value], f"{node}/wide", to=graph.elem("float32"))
+    weights = routing.add_routing(graph, f"{node}/router", wide, f"{prefix}.router.weight", experts)
+    if recipe.io_dtype != "float32":
+        to = graph.elem(recipe.io_dtype)
+        weights = graph.add("Cast", [weights], f"{node}/weights", to=to)
+    bits = next(n for n in (4, 8) if f"{prefix}.fc1.weight_Q{n}" in graph.layout.stored)
+    return routing.add_experts(
+        graph, f"{node}/experts", value, weights, prefix, experts, bits,
+        recipe.quantization.block_size, recipe.accuracy_level,
+    )  # fmt: skip
 
 
 def _inputs(graph: _Graph) -> list[Any]:
