@@ -108,7 +108,7 @@ def _make_fit(model: str, target: Target) -> Fit:
     shorter = next((words for plan in plans if (words := fit_shorter(plan, target))), "")
     runs = [plan for plan in plans if f"{plan.recipe.format}/{plan.needs.provider}" in target.runs]
     if not runs:
-        return Fit(model, target.name, problem=f"it runs {', '.join(target.runs)} only")
+        return Fit(model, target.name, problem=f"{target.name} runs {', '.join(target.runs)} only")
     smallest = min(runs, key=lambda plan: plan.device_memory_bytes)
     return Fit(model, target.name, shorter=shorter, problem=find_problem(smallest, target))
 

@@ -2,11 +2,20 @@
 
 from toolkit.checkpoint.config import Config, normalize_rope
 from toolkit.decoder import Decoder, Experts, Kind, Rows, TensorNames
+from toolkit.families import Evidence
 
 ARCHITECTURE = "PhiMoEForCausalLM"
 MODELS = "Phi-3.5-MoE"
 ATTENTION = "model.layers.{}.self_attn."
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}."
+_WORDS = (
+    "logits are those of a reference with float64 routing, which are transformers', given the "
+    "artifact's own weights"
+)
+VERIFIED = {
+    "onnx": Evidence(_WORDS, "tests/formats/test_moe.py"),
+    "openvino": Evidence(_WORDS, "tests/formats/test_moe.py"),
+}
 NAMES = TensorNames(
     embedding="model.embed_tokens.weight",
     final_norm="model.norm.weight",
