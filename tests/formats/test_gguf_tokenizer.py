@@ -209,7 +209,7 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused(
 
 
 def test_unused_ids_are_padding(example: Path) -> None:
-    found = vocabulary.read_vocabulary(example, 2048)
+    found = vocabulary.read_vocabulary(example, 2048).tokens
     assert found[2047] == Token("[PAD2047]", -10000.0, TokenType.UNUSED)
     assert len(found) == 2048
 

@@ -1,10 +1,10 @@
-"""Phi-3-mini, Phi-3-medium, Phi-3.5-mini: Phi3ForCausalLM in transformers."""
+"""Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini: Phi3ForCausalLM in transformers."""
 
 from toolkit.checkpoint.config import Config, normalize_rope
 from toolkit.decoder import Decoder, TensorNames
 
 ARCHITECTURE = "Phi3ForCausalLM"
-MODELS = "Phi-3-mini, Phi-3-medium, Phi-3.5-mini"
+MODELS = "Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini"
 NAMES = TensorNames(
     embedding="model.embed_tokens.weight",
     final_norm="model.norm.weight",
