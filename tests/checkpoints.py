@@ -60,19 +60,18 @@ _BASE: dict[str, Any] = {
     "use_cache": True,
 }
 
-_SHORT_FACTOR = [round(1.0 + 0.01 * pair, 4) for pair in range(_ROTARY_PAIRS)]
-_LONG_FACTOR = [round(1.0 + 3.0 * pair / (_ROTARY_PAIRS - 1), 4) for pair in range(_ROTARY_PAIRS)]
 
-
-def _long_rope(spelling: Mapping[str, Any]) -> dict[str, Any]:
+def _long_rope(spelling: Mapping[str, Any], pairs: int = _ROTARY_PAIRS) -> dict[str, Any]:
     """Return LongRoPE keys: short factors up to 64 tokens, long ones up to 256.
 
     `spelling` differs among the published revisions. transformers 5 accepts type "su" only where
     rope_scaling itself says original_max_position_embeddings.
     """
+    short = [round(1.0 + 0.01 * pair, 4) for pair in range(pairs)]
+    long = [round(1.0 + 3.0 * pair / (pairs - 1), 4) for pair in range(pairs)]
     return {
         "original_max_position_embeddings": 64,
-        "rope_scaling": {"long_factor": _LONG_FACTOR, "short_factor": _SHORT_FACTOR, **spelling},
+        "rope_scaling": {"long_factor": long, "short_factor": short, **spelling},
         # Published with the 128k models: wider than the context, hence without effect.
         "sliding_window": 512,
     }
@@ -88,6 +87,16 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 128,
         "original_max_position_embeddings": 128,
         "sliding_window": 32,
+    },
+    # Phi-4-mini's architecture: 24 heads to 8 as 6 to 2, 96 of 128 values rotated as 48 of 64.
+    "phi4_mini": {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.75,
+        "tie_word_embeddings": True,
+        **_long_rope({"type": "longrope"}, pairs=24),
     },
 }
 """What each variant changes in the base config (256 wide, 2 layers, 4 heads of 64)."""
@@ -201,9 +210,11 @@ def encode(tensor: NDArray[np.float32], dtype: Dtype) -> bytes:
 def _std(name: str, config: Mapping[str, Any]) -> float:
     if name.endswith("norm.weight"):
         return _STD_NORM
+    # More inputs than 256 add up to more.
+    share = math.sqrt(256 / max(256, config["hidden_size"]))
     if name == "lm_head.weight" or (name.endswith("embed_tokens.weight") and _is_tied(config)):
-        return _STD_LOGITS
-    return _STD_EMBEDDING if name.endswith("embed_tokens.weight") else _STD_LINEAR
+        return _STD_LOGITS * share
+    return _STD_EMBEDDING if name.endswith("embed_tokens.weight") else _STD_LINEAR * share
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:

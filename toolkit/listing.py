@@ -15,7 +15,7 @@ from toolkit.decoder import Decoder
 from toolkit.device import resolve_device
 from toolkit.errors import SettingsError
 from toolkit.families import read_decoder
-from toolkit.plan import TOKENIZER_BYTES, Plan, check_fit, make_plan, measure_tokenizer
+from toolkit.plan import Plan, check_fit, make_plan, measure_tokenizer
 from toolkit.recipe import Recipe
 from toolkit.source import open_source
 from toolkit.target import Target
@@ -74,7 +74,7 @@ def show_plan(
         context_length=context,
         workers=workers,
         memory_bytes=memory_bytes,
-        tokenizer_bytes=measure_tokenizer(opened) if opened else TOKENIZER_BYTES,
+        tokenizer_bytes=measure_tokenizer(opened) if opened else None,
     )
     rows = _settings(plan) + _costs(plan, target)
     console.event(

@@ -21,7 +21,8 @@ from toolkit.target import Target
 # Resident memory of a conversion, and of each thread: bench/convert.py, rounded up.
 PROCESS_BYTES = 150_000_000
 WORKER_BYTES = 20_000_000
-TOKENIZER_BYTES = 2_400_000  # Phi-3's files, where there is no checkpoint to look at
+# Of Phi-3's files and of Phi-4-mini's, where there is no checkpoint to look at: 75 to 78.
+TOKEN_BYTES = 78
 RUNNER_BYTES = 1_000_000
 MOST_WORKERS = 8
 SHOWN_RECIPES = 5
@@ -101,7 +102,7 @@ def make_plan(
     context_length: int | None = None,
     workers: int | None = None,
     memory_bytes: int | None = None,
-    tokenizer_bytes: int = TOKENIZER_BYTES,
+    tokenizer_bytes: int | None = None,
 ) -> Plan:
     """Fill in every default; PlanError when the recipe cannot hold this architecture."""
     context = context_length or recipe.context_length or decoder.context
@@ -122,7 +123,9 @@ def make_plan(
         data=data,
         needs=module.needs(recipe, decoder, context),
         workers=_limit_workers(workers, memory_bytes),
-        rest_bytes=module.rest_bytes(tokenizer_bytes),
+        rest_bytes=module.rest_bytes(
+            TOKEN_BYTES * decoder.vocab if tokenizer_bytes is None else tokenizer_bytes
+        ),
     )
     if memory_bytes is not None and plan.build_memory_bytes > memory_bytes:
         raise PlanError(

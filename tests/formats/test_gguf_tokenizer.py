@@ -94,7 +94,7 @@ def assert_same_ids(
     checkpoint: Checkpoint, encode: Callable[[str], list[int]], spaces: tuple[str, ...]
 ) -> None:
     source = tokens.read_tokenizer(checkpoint)
-    specials = [added.content for added in source.get_added_tokens_decoder().values()]
+    specials = sorted(added.content for added in source.get_added_tokens_decoder().values())
     texts = tokens.list_probes(source, chats.read_chat(checkpoint))
     texts += mix_texts(specials, spaces, 4000)
     different = tokens.compare_ids(lambda text: tokens.encode(source, text), encode, texts)
@@ -209,7 +209,7 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused(
 
 
 def test_unused_ids_are_padding(example: Path) -> None:
-    found = vocabulary.read_vocabulary(example, 2048)
+    found = vocabulary.read_vocabulary(example, 2048).tokens
     assert found[2047] == Token("[PAD2047]", -10000.0, TokenType.UNUSED)
     assert len(found) == 2048
 

@@ -18,6 +18,7 @@ CASES: dict[str, tuple[int, ...]] = {
     "longrope_gqa": (64, 65, 256),
     "partial_rotary_tied": (96,),
     "window": (32, 33, 34, 128),
+    "phi4_mini": (64, 65, 256),
 }
 
 # The last position sees everything before it; the others show an error's onset. Every 16th column

@@ -18,6 +18,7 @@ from typing import Any
 
 import gguf
 
+from tests.bytelevel import write_phi4_checkpoint
 from tests.formats.gguf_cases import CASES, write_case
 
 GOLDEN = Path(__file__).with_name("gguf.json")
@@ -29,6 +30,16 @@ MIXES = ("q4_k_m", "q5_k_m", "iq4_xs")
 WITH_ENDS = {"mha": ("q4_k_m+q8_0", "q4_0+iq4_nl", "iq4_xs+q4_k")}
 # Cases whose metadata is kept: plain, LongRoPE, window.
 WITH_METADATA = ("mha", "longrope_gqa", "window")
+# The converter knows a byte-level BPE by the ids it gives to a text, hence the published one only:
+# it is told what it says of Phi-4-mini's.
+CONVERT_BYTE_LEVEL = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-4o"
+script, sys.argv = sys.argv[1] + "/convert_hf_to_gguf.py", sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+"""
 
 
 def digest_tensors(path: Path) -> dict[str, str]:
@@ -66,6 +77,14 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+def convert_byte_level(python: str, llama_cpp: Path, work: Path) -> dict[str, Any]:
+    """Metadata of a checkpoint with Phi-4-mini's kind of tokenizer, as the converter writes it."""
+    checkpoint, out = write_phi4_checkpoint(work / "byte-level"), work / "byte-level.gguf"
+    run(python, "-c", CONVERT_BYTE_LEVEL, llama_cpp, checkpoint, "--outtype", "f16",
+        "--outfile", out)  # fmt: skip
+    return read_metadata(out)
+
+
 def main() -> None:
     """Convert and quantize every case and write the digests."""
     python, llama_cpp = sys.argv[1], Path(sys.argv[2])
@@ -99,6 +118,7 @@ def main() -> None:
             kept = MIXES if case == "deep" else tensors
             golden["tensors"][case] = {precision: tensors[precision] for precision in kept}
             print(case, flush=True)
+        golden["byte_level"] = convert_byte_level(python, llama_cpp, Path(temporary))
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,11 +1,11 @@
-"""Phi-3-mini, Phi-3-medium, Phi-3.5-mini: Phi3ForCausalLM in transformers."""
+"""Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini: Phi3ForCausalLM in transformers."""
 
 from toolkit.checkpoint.config import Config, normalize_rope
 from toolkit.decoder import Decoder, TensorNames
 from toolkit.families import Evidence
 
 ARCHITECTURE = "Phi3ForCausalLM"
-MODELS = "Phi-3-mini, Phi-3-medium, Phi-3.5-mini"
+MODELS = "Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini"
 _CONTEXTS = "tests/formats/test_published_contexts.py"
 VERIFIED = {
     "onnx": Evidence(

@@ -118,7 +118,7 @@ def split_text(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 def list_probes(tokenizer: Tokenizer, chat: Chat) -> list[str]:
     """Every text to compare: PROBES, each added token alone and amid text, and chats of both."""
-    specials = [added.content for added in tokenizer.get_added_tokens_decoder().values()]
+    specials = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
     opened = [_converse(chat, text) for text in (*PROBES, *specials)]
     amid = [f"before {special} after{special}{special}\n{special}" for special in specials]
     return [*PROBES, *specials, *amid, *opened]

@@ -19,7 +19,7 @@ from toolkit.formats.gguf.layout import ALIGN_BYTES, place
 from toolkit.formats.gguf.mix import FILE_TYPES
 from toolkit.formats.gguf.recipe import GgufRecipe
 from toolkit.formats.gguf.stripping import name_model, strip_template, texts_to_strip
-from toolkit.formats.gguf.vocabulary import Token, read_vocabulary
+from toolkit.formats.gguf.vocabulary import Token, Vocabulary, read_vocabulary
 
 STRIP_KEY = "phiship.tokenizer.strip_after"
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION (ggml.h)
@@ -30,10 +30,10 @@ KNOWN_STOPS = ("<|end|>", "<|endoftext|>", "</s>")
 def header_bytes(recipe: GgufRecipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
     """Everything before the data, padded to its alignment."""
     writer = require("gguf").GGUFWriter(path=None, arch="phi3")
-    tokens = read_vocabulary(checkpoint.folder, decoder.vocab)
-    _add_general(writer, recipe, decoder, tokens)
+    vocabulary = read_vocabulary(checkpoint.folder, decoder.vocab)
+    _add_general(writer, recipe, decoder, vocabulary.tokens)
     _add_architecture(writer, decoder, checkpoint)
-    _add_tokenizer(writer, checkpoint, tokens)
+    _add_tokenizer(writer, checkpoint, vocabulary)
     _add_tensors(writer, recipe, decoder)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"
@@ -75,14 +75,18 @@ def _add_architecture(writer: Any, decoder: Decoder, checkpoint: Checkpoint) -> 
         writer.add_rope_scaling_attn_factors(rope.long_scale)
 
 
-def _add_tokenizer(writer: Any, checkpoint: Checkpoint, tokens: Sequence[Token]) -> None:
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
+def _add_tokenizer(writer: Any, checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
+    tokens = vocabulary.tokens
+    writer.add_tokenizer_model(vocabulary.kind)
+    writer.add_tokenizer_pre(vocabulary.splitting)
     writer.add_token_list([token.text for token in tokens])
-    writer.add_token_scores([token.score for token in tokens])
+    if not vocabulary.is_byte_level:
+        writer.add_token_scores([token.score for token in tokens])
     writer.add_token_types([int(token.kind) for token in tokens])
     logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of Phi-3's own post-processor
-    special = require("gguf").SpecialVocab(checkpoint.folder, n_vocab=len(tokens))
+    special = require("gguf").SpecialVocab(
+        checkpoint.folder, load_merges=vocabulary.is_byte_level, n_vocab=len(tokens)
+    )
     strippers = texts_to_strip(tokens)
     if strippers:
         writer.add_string(STRIP_KEY, json.dumps(strippers))

@@ -42,7 +42,9 @@ def describe_model(
 ) -> OllamaModel:
     """Phi-3's turns, a stop for each role and stop id, the context."""
     texts = {tokens[token_id].text: None for token_id in checkpoint.stop_ids}
-    template = strip_text(TURNS, texts_to_strip(tokens))
+    strippers = texts_to_strip(tokens)
+    turns = TURNS.replace("\n", "") if {*ROLES, "<|end|>"} <= {*strippers} else TURNS
+    template = strip_text(turns, strippers)
     return OllamaModel(template, _list_stops(list(texts)), context_length)
 
 

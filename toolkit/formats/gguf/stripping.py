@@ -19,6 +19,7 @@ KEPT_BY_LLAMA_CPP = ("<unk>", "<s>", "<|endoftext|>")
 STRIPPED_BY_LLAMA_CPP = ("</s>",)
 # White_Space of Unicode, as the tokenizers library drops it; Python's \s has four more.
 WHITE_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+LINE_BREAK = re.compile(r"\n|\\n")  # itself, or as a Jinja string spells it
 SPECIAL = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 
 
@@ -58,7 +59,7 @@ def strip_template(template: str, strippers: Iterable[str]) -> str:
     Only what templates write is dropped: the one line break that follows a role.
     """
     used = [text for text in strippers if _appears(text, template)]
-    if not used:
+    if not used or not LINE_BREAK.search(template):
         return template
     filters = "".join(f" | replace({json.dumps(t + chr(10))}, {json.dumps(t)})" for t in used)
     return f"{{% set rendered %}}{template}{{% endset %}}{{{{ rendered{filters} }}}}"

@@ -5,6 +5,7 @@ No wheel has both, so the environment unpacks llama.cpp's sources out of a pinne
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -89,8 +90,10 @@ def plan_export(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, places
         )
     precision = settings.precision
     is_plain = precision in UNQUANTIZED and not (settings.embedding or settings.head)
-    _check_tokenizer(recipe, checkpoint)
-    tokens = read_vocabulary(checkpoint.folder, decoder.vocab)
+    vocabulary = read_vocabulary(checkpoint.folder, decoder.vocab)
+    if not vocabulary.is_byte_level:
+        _check_tokenizer(recipe, checkpoint)
+    tokens = vocabulary.tokens
     stops = _extra_stops(recipe, checkpoint, tokens)
     first, second = places.scratch / "lossless.gguf", places.scratch / "quantized.gguf"
     final = places.out / DATA_FILE
@@ -125,7 +128,7 @@ def _check_tokenizer(recipe: Recipe, checkpoint: Checkpoint) -> None:
 
 
 def _extra_stops(
-    recipe: Recipe, checkpoint: Checkpoint, tokens: list[Token]
+    recipe: Recipe, checkpoint: Checkpoint, tokens: Sequence[Token]
 ) -> list[tuple[str, int]]:
     """Stop ids that neither the converter nor llama.cpp knows, with the key that will name each."""
     others = [i for i in checkpoint.stop_ids if tokens[i].text not in KNOWN_STOPS]
@@ -138,7 +141,7 @@ def _extra_stops(
 
 
 def _convert(
-    recipe: Recipe, checkpoint: Checkpoint, tokens: list[Token], places: Places, kind: str,
+    recipe: Recipe, checkpoint: Checkpoint, tokens: Sequence[Token], places: Places, kind: str,
     path: Path,
 ) -> Command:  # fmt: skip
     script = str(places.environment / LLAMA_CPP / "convert_hf_to_gguf.py")

@@ -1,17 +1,20 @@
 """The tokenizer as llama.cpp wants it: text, score and type of every id.
 
-Follows Phi3MiniModel.set_vocab of llama.cpp's converter. It needs tokenizer.model; here a
-checkpoint with tokenizer.json alone will do, since its merges carry the same order.
+Follows Phi3MiniModel.set_vocab of llama.cpp's converter. For Phi-3 it needs tokenizer.model; here a
+checkpoint with tokenizer.json alone will do, since its merges carry the same order. Phi-4-mini has
+a byte-level BPE, which tokenizer.json alone holds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.config import read_json
 from toolkit.errors import CheckpointError, UnsupportedError, require
+from toolkit.formats.gguf.splitting import is_byte_level, name_splitting
 
+SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"
 PADDING_SCORE = -10000.0
 ADDED_SCORE = -1000.0
 
@@ -37,18 +40,41 @@ class Token:
     strips: bool = False
 
 
-def read_vocabulary(folder: Path, size: int) -> list[Token]:
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of all ids, and how llama.cpp makes them of a text.
+
+    `kind` is tokenizer.ggml.model and `splitting` tokenizer.ggml.pre. The order of a SentencePiece
+    BPE is in its tokens' scores, that of a byte-level BPE in the checkpoint's merges.
+    """
+
+    kind: str
+    splitting: str
+    tokens: tuple[Token, ...]
+
+    @property
+    def is_byte_level(self) -> bool:
+        """True when merges say in which order bytes are joined."""
+        return self.kind == BYTE_LEVEL
+
+
+def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     """Every id below `size`, unused ones as [PADn]; CheckpointError when the tokenizer has more."""
+    content = _read(folder / "tokenizer.json")
+    byte_level = is_byte_level(content) and not (folder / "tokenizer.model").is_file()
     tokens = {token_id: _padding(token_id) for token_id in range(size)}
-    tokens |= _read_pieces(folder)
-    tokens |= _read_added(folder)
+    tokens |= _read_texts(content) if byte_level else _read_pieces(folder)
+    tokens |= {i: _look(t) if byte_level else t for i, t in _read_added(folder).items()}
     if len(tokens) > size:
         last = max(tokens)
         raise CheckpointError(
             f"{folder}: the tokenizer has {tokens[last].text!r} with id {last}; "
             f"config.json says vocab_size {size}"
         )
-    return [tokens[token_id] for token_id in range(size)]
+    kind, splitting = SENTENCEPIECE, "default"
+    if byte_level:
+        kind, splitting = BYTE_LEVEL, name_splitting(content, str(folder / "tokenizer.json"))
+    return Vocabulary(kind, splitting, tuple(tokens[token_id] for token_id in range(size)))
 
 
 def _padding(token_id: int) -> Token:
@@ -64,6 +90,18 @@ def _read_pieces(folder: Path) -> dict[int, Token]:
         f"{folder}: found neither tokenizer.model nor tokenizer.json",
         advice="copy the tokenizer's files beside the weights",
     )
+
+
+def _read_texts(content: dict[str, Any]) -> dict[int, Token]:
+    """Tokens of a byte-level BPE; their order is in the merges."""
+    return {i: Token(text, 0.0, TokenType.NORMAL) for text, i in content["model"]["vocab"].items()}
+
+
+def _look(token: Token) -> Token:
+    """An added token as the converter takes it: what looks like <|this|> is no plain text."""
+    if token.text.startswith("<|") and token.text.endswith("|>"):
+        return replace(token, kind=TokenType.CONTROL)
+    return token
 
 
 def _read_sentencepiece(path: Path) -> dict[int, Token]:
@@ -96,7 +134,7 @@ def _read_merges(path: Path) -> dict[int, Token]:
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise UnsupportedError(
             f"{path}: model: got {model.get('type')!r} without byte_fallback; "
-            "supported: BPE with byte_fallback, as Phi-3 has it"
+            "supported: BPE with byte_fallback, as Phi-3 has it, or over bytes, as Phi-4-mini"
         )
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
