@@ -165,8 +165,8 @@ def _check_codes(recipe: Recipe, decoder: Decoder, data: DataFile) -> None:
 
 
 def measure_tokenizer(checkpoint: Checkpoint) -> int:
-    """Bytes of the tokenizer's files."""
-    return sum(path.stat().st_size for path in checkpoint.tokenizer_files())
+    """Bytes of the tokenizer's files, as an artifact has them."""
+    return sum(map(len, checkpoint.tokenizer_contents().values()))
 
 
 def _limit_workers(workers: int | None, memory_bytes: int | None) -> int:

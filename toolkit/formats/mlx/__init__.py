@@ -1,7 +1,6 @@
 """MLX for mlx-lm: 2 to 8 bits, mixed precision by layer, or bf16, fp16, fp32; on Macs and Linux."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -89,8 +88,7 @@ def write_rest(
     _write_json(folder / "model.safetensors.index.json", layout.make_index(recipe, decoder))
     _write_json(folder / "config.json", config.make_config(recipe, decoder, checkpoint))
     _write_json(folder / "generation_config.json", config.make_generation(checkpoint))
-    for path in checkpoint.tokenizer_files():
-        shutil.copyfile(path, folder / path.name)
+    checkpoint.write_tokenizer(folder)
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

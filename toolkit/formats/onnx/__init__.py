@@ -1,7 +1,6 @@
 """ONNX for onnxruntime-genai: int4 (MatMulNBits), fp16, fp32; for CPU, CUDA and phones."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -113,8 +112,7 @@ def write_rest(
     (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
     config = genai.make_config(recipe, decoder, checkpoint, context_length)
     (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in checkpoint.tokenizer_files():
-        shutil.copyfile(path, folder / path.name)
+    checkpoint.write_tokenizer(folder)
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -148,13 +148,12 @@ def write_rest(
     """Write the network, tokenizer and detokenizer, configurations, the tokenizer's own files."""
     del context_length
     graph.make_network(cast(OpenvinoRecipe, recipe), decoder).write(folder / MAIN_FILE)
+    checkpoint.write_tokenizer(folder)
     write_tokenizer(checkpoint, folder)
     shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
     generation = {**checkpoint.generation, "eos_token_id": list(checkpoint.stop_ids)}
     text = json.dumps(generation, indent=2) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
-    for path in checkpoint.tokenizer_files():
-        shutil.copyfile(path, folder / path.name)
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
