@@ -25,7 +25,7 @@ from toolkit.quantize.equalize import find_stretch, make_foldable
 from toolkit.quantize.gptq import Curvature, choose_codes, factor
 from toolkit.quantize.grids import GridEncoder, fit_together, is_choosable, nearest
 from toolkit.recipe import Quantization
-from toolkit.stream import Output, Piece, list_tasks
+from toolkit.stream import Output, Piece, list_tasks, read_piece
 
 STATE = ".calibration-{}.npy"  # the layer whose inputs it holds
 PARTIAL = ".calibration.partial"
@@ -149,8 +149,7 @@ def calibrate(
     watched.inputs = None
     if not decoder.is_tied and run.wants([decoder.head_name]):
         states = hidden.reshape(-1, decoder.hidden)
-        norm = watched.read(decoder.names.final_norm)
-        inputs = sum_up(reference.normalize(norm, states, decoder.norm_epsilon))
+        inputs = sum_up(reference.norm(watched, decoder, decoder.names.final_norm, states))
         run.do_matrices({decoder.head_name: inputs}, [Scales() for _ in artifacts])
     _remove_states(folders)
 
@@ -242,8 +241,8 @@ class _Run:
     def _read(self, piece: Piece, scales: Scales) -> Array:
         """Rows of a piece as float32, times the rows' factors."""
         rows = np.empty((piece.rows, piece.columns), np.float32)
-        for row, raw in self.checkpoint.read_rows(piece.tensor, piece.start, piece.rows):
-            rows[row - piece.start : row - piece.start + len(raw)] = to_float32(raw)
+        for row, raw in read_piece(self.checkpoint, piece):
+            rows[row - piece.first : row - piece.first + len(raw)] = to_float32(raw)
         if piece.tensor in scales.rows:
             rows *= scales.rows[piece.tensor][piece.start : piece.start + piece.rows, None]
         return rows

@@ -2,7 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Literal
+
+Norm = Literal["rms", "layer"]
+Kind = Literal["qkv", "attention_out", "router", "gate_up", "down", "head"]
+Special = Literal["layer norms", "biases", "split projections", "experts"]
 
 
 @dataclass(frozen=True)
@@ -29,23 +35,72 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """`count` rows of a stored tensor, every `step`-th from `start` on; of its bias likewise.
+
+    Projections are put together of such, one after the other.
+    """
+
+    tensor: str
+    start: int
+    count: int
+    step: int = 1
+
+    @property
+    def span(self) -> slice:
+        """The rows as an index of the stored tensor."""
+        return slice(self.start, self.start + self.count * self.step, self.step)
+
+    def at(self, layer: int, expert: int) -> "Rows":
+        """The same in a layer, where the tensor's name is a pattern."""
+        return replace(self, tensor=self.tensor.format(layer, expert))
+
+
+Parts = tuple[Rows, ...]
+
+
+@dataclass(frozen=True)
 class TensorNames:
-    """Names of the checkpoint's tensors; `{}` stands for the layer."""
+    """Names of the checkpoint's tensors; `{}` stands for the layer, a second one for the expert.
+
+    `qkv` and `gate_up` are empty where no tensor is queries, keys and values, or gate and up, in
+    this order: the decoder's parts say then what these are put together of. A bias is called as its
+    matrix or norm, with `.bias` for `.weight`.
+    """
 
     embedding: str
     final_norm: str
     head: str
     attention_norm: str
-    qkv: str
     attention_out: str
     mlp_norm: str
-    gate_up: str
     down: str
+    qkv: str = ""
+    gate_up: str = ""
+    router: str = ""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """`count` gated MLPs, of which a router picks `per_token` for each token by sparsemixer.
+
+    An expert's weight is a softmax over itself and those that are within 2 x `jitter` of it:
+    (max - s) / max(|s|, max) <= 2 x jitter. Those picked before are left out; no sum is 1.
+    """
+
+    count: int
+    per_token: int
+    jitter: float
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A pre-norm RMSNorm decoder with fused qkv and a gated SiLU MLP."""
+    """A pre-norm decoder: attention of queries, keys and values, then a gated SiLU MLP.
+
+    By default as Phi-3: RMSNorm, no biases, fused qkv and gate_up, no experts. `biased` names the
+    kinds of matrices that have biases; layer norms have one always. Parts are in the order in which
+    the projection's rows are used; empty, they are the rows of `names.qkv` or `names.gate_up`.
+    """
 
     family: str
     layers: int
@@ -61,6 +116,23 @@ class Decoder:
     window: int | None
     is_tied: bool
     names: TensorNames
+    norm: Norm = "rms"
+    biased: tuple[Kind, ...] = ()
+    qkv_parts: Parts = ()
+    gate_parts: Parts = ()
+    up_parts: Parts = ()
+    experts: Experts | None = None
+
+    @property
+    def specials(self) -> tuple[Special, ...]:
+        """In what, sizes apart, it is not Phi-3: what a format has to know to hold it."""
+        found: dict[Special, bool] = {
+            "layer norms": self.norm == "layer",
+            "biases": bool(self.biased),
+            "split projections": bool(self.qkv_parts or self.gate_parts or self.up_parts),
+            "experts": self.experts is not None,
+        }
+        return tuple(special for special, is_so in found.items() if is_so)
 
     @property
     def qkv_rows(self) -> int:
@@ -72,6 +144,24 @@ class Decoder:
         """Tensor that makes the logits: the embedding itself when tied."""
         return self.names.embedding if self.is_tied else self.names.head
 
+    def qkv(self, layer: int) -> Parts:
+        """A layer's queries, then keys, then values."""
+        return _at(self.qkv_parts or (Rows(self.names.qkv, 0, self.qkv_rows),), layer)
+
+    def gate(self, layer: int, expert: int = 0) -> Parts:
+        """What goes through SiLU, of a layer or of one of its experts."""
+        whole = Rows(self.names.gate_up, 0, self.intermediate)
+        return _at(self.gate_parts or (whole,), layer, expert)
+
+    def up(self, layer: int, expert: int = 0) -> Parts:
+        """What SiLU of the gate is multiplied with."""
+        whole = Rows(self.names.gate_up, self.intermediate, self.intermediate)
+        return _at(self.up_parts or (whole,), layer, expert)
+
+    def down(self, layer: int, expert: int = 0) -> str:
+        """Name of the matrix behind the gated MLP."""
+        return self.names.down.format(layer, expert)
+
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor of the decoder with its shape ([out, in] for linears), in order of use."""
         return self._shapes
@@ -81,25 +171,76 @@ class Decoder:
         names, hidden = self.names, self.hidden
         shapes: dict[str, tuple[int, ...]] = {names.embedding: (self.vocab, hidden)}
         for layer in range(self.layers):
-            shapes |= {
-                names.attention_norm.format(layer): (hidden,),
-                names.qkv.format(layer): (self.qkv_rows, hidden),
-                names.attention_out.format(layer): (hidden, self.heads * self.head_dim),
-                names.mlp_norm.format(layer): (hidden,),
-                names.gate_up.format(layer): (2 * self.intermediate, hidden),
-                names.down.format(layer): (hidden, self.intermediate),
-            }
-        shapes[names.final_norm] = (hidden,)
+            shapes |= self._layer_shapes(layer)
+        shapes |= self._norm_shapes(names.final_norm)
         if not self.is_tied:
-            shapes[names.head] = (self.vocab, hidden)
+            shapes |= self._stored("head", hidden, Rows(names.head, 0, self.vocab))
         return shapes
 
-    def layer_matrices(self, layer: int) -> tuple[str, str, str, str]:
-        """A layer's matrices in order of use: qkv, attention_out, gate_up, down."""
+    def _layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        names, hidden = self.names, self.hidden
+        out = Rows(names.attention_out.format(layer), 0, hidden)
+        shapes = self._norm_shapes(names.attention_norm.format(layer))
+        shapes |= self._stored("qkv", hidden, *self.qkv(layer))
+        shapes |= self._stored("attention_out", self.heads * self.head_dim, out)
+        shapes |= self._norm_shapes(names.mlp_norm.format(layer))
+        if self.experts:
+            router = Rows(names.router.format(layer), 0, self.experts.count)
+            shapes |= self._stored("router", hidden, router)
+        for expert in range(self.experts.count if self.experts else 1):
+            gate_up = (*self.gate(layer, expert), *self.up(layer, expert))
+            shapes |= self._stored("gate_up", hidden, *gate_up)
+            down = Rows(self.down(layer, expert), 0, hidden)
+            shapes |= self._stored("down", self.intermediate, down)
+        return shapes
+
+    def _norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {name: (self.hidden,)}
+        return found | {name_bias(name): (self.hidden,)} if self.norm == "layer" else found
+
+    def _stored(self, kind: Kind, columns: int, *parts: Rows) -> dict[str, tuple[int, ...]]:
+        """The tensors that parts are rows of, and their biases; every row is part of one."""
+        rows = dict.fromkeys((part.tensor for part in parts), 0)
+        for part in parts:
+            rows[part.tensor] += part.count
+        found: dict[str, tuple[int, ...]] = {}
+        for name, count in rows.items():
+            found[name] = (count, columns)
+            if kind in self.biased:
+                found[name_bias(name)] = (count,)
+        return found
+
+    def bias_of(self, name: str) -> str:
+        """Name of the bias of a matrix or norm; empty when it has none."""
+        bias = name_bias(name)
+        return bias if bias in self._shapes else ""
+
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """The patterns of the layers' matrices as stored, in order of use: what each one is."""
         names = self.names
-        patterns = (names.qkv, names.attention_out, names.gate_up, names.down)
-        qkv, out, gate_up, down = (pattern.format(layer) for pattern in patterns)
-        return qkv, out, gate_up, down
+        qkv = self.qkv_parts or (Rows(names.qkv, 0, 0),)
+        gate_up = (*self.gate_parts, *self.up_parts) or (Rows(names.gate_up, 0, 0),)
+        kinds: dict[str, Kind] = {part.tensor: "qkv" for part in qkv}
+        kinds[names.attention_out] = "attention_out"
+        if self.experts:
+            kinds[names.router] = "router"
+        return {**kinds, **{part.tensor: "gate_up" for part in gate_up}, names.down: "down"}
+
+    def kind_of(self, name: str) -> Kind | None:
+        """What a matrix of a layer is; None for any other tensor."""
+        for pattern, kind in self.kinds.items():
+            if fnmatchcase(name, pattern.replace("{}", "*")):
+                return kind
+        return None
+
+    def layer_tensors(self, layer: int) -> tuple[str, ...]:
+        """Names of all tensors of a layer, in order of use."""
+        return tuple(self._layer_shapes(layer))
+
+    def layer_matrices(self, layer: int) -> tuple[str, ...]:
+        """A layer's matrices in order of use: qkv, attention_out, gate_up, down as stored."""
+        return tuple(name for name, shape in self._layer_shapes(layer).items() if len(shape) == 2)
 
     def with_long_rope(self) -> "Decoder":
         """The same with LongRoPE's long factors at every length."""
@@ -108,3 +249,12 @@ class Decoder:
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token adds to the cache."""
         return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes
+
+
+def name_bias(name: str) -> str:
+    """What the bias of a matrix or norm is called."""
+    return f"{name.removesuffix('.weight')}.bias"
+
+
+def _at(parts: Parts, layer: int, expert: int = 0) -> Parts:
+    return tuple(part.at(layer, expert) for part in parts)

@@ -100,6 +100,7 @@ class Mixture:
                 "need native",
                 advice="use `engine: native` (--engine native)",
             )
+        sensitivity.check_experts(self.decoder)
         if all(len(choices) < 2 for choices in self.choices.values()):
             raise PlanError(
                 f"{name}: quantization: it leaves no type to choose; --max-size and --max-kl need "

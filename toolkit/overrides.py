@@ -23,8 +23,12 @@ def path_of(name: str) -> str:
 
 
 def list_matrices(decoder: Decoder) -> list[str]:
-    """Names of all matrices, in order of use; a tied head is the embedding."""
-    return [name for name, shape in decoder.shapes().items() if len(shape) == 2]
+    """Matrices whose type can be chosen, in order of use; a tied head is the embedding.
+
+    A router is none of them: what it picks may turn on its last bits.
+    """
+    matrices = (name for name, shape in decoder.shapes().items() if len(shape) == 2)
+    return [name for name in matrices if decoder.kind_of(name) != "router"]
 
 
 def overrides_of(recipe: Recipe) -> dict[str, Any]:
@@ -64,6 +68,6 @@ def _match(pattern: str, names: Iterable[str]) -> list[str]:
 def _spell(decoder: Decoder) -> list[str]:
     """Every kind of matrix once, `*` for the layer."""
     names = decoder.names
-    per_layer = (names.qkv, names.attention_out, names.gate_up, names.down)
+    per_layer = (pattern for pattern, kind in decoder.kinds.items() if kind != "router")
     outer = dict.fromkeys((names.embedding, decoder.head_name))
-    return [path_of(name.format("*")) for name in (*outer, *per_layer)]
+    return [path_of(name.format("*", "*")) for name in (*outer, *per_layer)]

@@ -136,14 +136,8 @@ def classify(name: str, decoder: Decoder) -> str:
     outer = {names.embedding: "embedding", names.head: "head", names.final_norm: "norms"}
     if name in outer:
         return outer[name]
-    per_layer = {
-        names.qkv: "qkv", names.attention_out: "o", names.gate_up: "gate_up", names.down: "down",
-    }  # fmt: skip
-    for pattern, kind in per_layer.items():
-        before, after = pattern.split("{}")
-        if name.startswith(before) and name.endswith(after):
-            return kind
-    return "norms"
+    kind = decoder.kind_of(name) or "norms"
+    return "o" if kind == "attention_out" else kind
 
 
 def _pair(native: Tensors, vendor: Tensors) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:

@@ -110,6 +110,7 @@ def make_plan(
             f"{recipe.name}: context_length: got {context}; this model allows {decoder.context}",
             advice=f"set context_length to {decoder.context} or less, or give --context",
         )
+    _check_architecture(recipe, decoder)
     module = formats.get(recipe.format)
     module.check_shape(recipe, decoder)
     data = module.lay_out(recipe, decoder, context)
@@ -145,6 +146,34 @@ def _calibration_bytes(decoder: Decoder, tokens: int) -> int:
     gate = tokens * (3 * decoder.hidden + 4 * decoder.intermediate)
     factors = tokens * decoder.hidden + FACTORS * max(columns) ** 2
     return FLOAT_BYTES * (grams + max(gate, factors))
+
+
+def _check_architecture(recipe: Recipe, decoder: Decoder) -> None:
+    """PlanError when the format, or what the recipe asks for, is made for Phi-3's layers alone."""
+    specials = decoder.specials
+    able = [name for name in formats.names() if formats.get(name).HOLDS.issuperset(specials)]
+    if recipe.format not in able:
+        lacking = [one for one in specials if one not in formats.get(recipe.format).HOLDS]
+        raise PlanError(
+            f"{recipe.name}: {recipe.format} cannot hold this model ({decoder.family}), for its "
+            f"{' and '.join(lacking)}; {' and '.join(able) or 'no format'} can"
+        )
+    if specials and recipe.engine != "native":
+        raise PlanError(
+            f"{recipe.name}: engine: got {recipe.engine}; the vendors' converters are run for "
+            f"Phi-3's own layers only, this model ({decoder.family}) has {' and '.join(specials)}; "
+            "allowed native"
+        )
+    if specials and recipe.quantization.equalize:
+        raise PlanError(
+            f"{recipe.name}: quantization.equalize: knows Phi-3's own layers only; this model "
+            f"({decoder.family}) has {' and '.join(specials)}; allowed false"
+        )
+    if decoder.experts and recipe.quantization.method != "rtn":
+        raise PlanError(
+            f"{recipe.name}: quantization.method: got {recipe.quantization.method}; a text shows "
+            "each expert too few tokens to choose its codes by; allowed rtn"
+        )
 
 
 def _check_codes(recipe: Recipe, decoder: Decoder, data: DataFile) -> None:

@@ -15,10 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import fileio
-from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint import PIECE_WEIGHTS, Checkpoint, to_float32
 from toolkit.errors import CheckpointError, PhishipError
 from toolkit.progress import Advance
 
@@ -41,7 +42,11 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one tensor and where their encoding goes: output row 0 is tensor row `start`."""
+    """Rows of one tensor and where their encoding goes.
+
+    Output row `first` is tensor row `start`; with a `step` those between are another piece's. With
+    `woven`, another tensor, its rows come each behind the same row of the first, twice as many.
+    """
 
     tensor: str
     start: int
@@ -50,11 +55,18 @@ class Piece:
     encoder: Encoder
     offsets: tuple[int, ...]
     first: int = 0
+    step: int = 1
+    woven: str = ""
 
     @property
     def weights(self) -> int:
         """How many weights the piece covers."""
-        return self.rows * self.columns
+        return self.rows * self.columns * len(self.sources)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors that it has rows of."""
+        return (self.tensor, self.woven) if self.woven else (self.tensor,)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,29 @@ class DataFile:
     def weights(self) -> int:
         """How many weights are read and encoded."""
         return sum(piece.weights for piece in self.pieces)
+
+
+def read_piece(
+    checkpoint: Checkpoint, piece: Piece, most_weights: int = PIECE_WEIGHTS
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Yield (output row, raw rows) of a piece, about `most_weights` at a time."""
+    step, columns = piece.step * len(piece.sources), piece.columns
+    if step == 1:
+        for row, raw in checkpoint.read_rows(piece.tensor, piece.start, piece.rows, most_weights):
+            yield piece.first + row - piece.start, raw
+        return
+    each = max(1, most_weights // (columns * step))
+    for done in range(0, piece.rows, each):
+        count = min(each, piece.rows - done)
+        start, span = piece.start + done * piece.step, (count - 1) * piece.step + 1
+        parts = []
+        for name in piece.sources:
+            whole = checkpoint.read_rows(name, start, span, span * columns)
+            parts += [raw[:: piece.step].copy() for _, raw in whole]
+        if len({part.dtype for part in parts}) > 1:  # bf16 comes as bits
+            parts = [to_float32(part) for part in parts]
+        woven = np.stack(parts, axis=1).reshape(-1, columns)
+        yield (piece.first + done) * len(parts), woven
 
 
 def write_rows(descriptor: int, rows: NDArray[Any], row: int, offset: int) -> None:
@@ -170,11 +205,12 @@ def list_tasks(output: Output) -> Iterator[tuple[int, Piece]]:
 def _split(pieces: Sequence[Piece], base: int) -> Iterator[Piece]:
     """Cut pieces into tasks of about TASK_WEIGHTS and add the header's length to offsets."""
     for piece in pieces:
-        step = max(1, TASK_WEIGHTS // piece.columns)
+        most = max(1, TASK_WEIGHTS // (piece.columns * piece.step * len(piece.sources)))
         offsets = tuple(base + offset for offset in piece.offsets)
-        for row in range(0, piece.rows, step):
-            rows = min(step, piece.rows - row)
-            yield replace(piece, start=piece.start + row, rows=rows, first=row, offsets=offsets)
+        for row in range(0, piece.rows, most):
+            start, first = piece.start + row * piece.step, piece.first + row
+            rows = min(most, piece.rows - row)
+            yield replace(piece, start=start, rows=rows, first=first, offsets=offsets)
 
 
 @dataclass
@@ -243,10 +279,10 @@ def _do(task: Task, checkpoint: Checkpoint, descriptor: int, work: _Work) -> Non
     """Read, encode and write one task part by part; leave it when all is to end."""
     piece, read_bytes = task.piece, 0
     try:
-        for row, raw in checkpoint.read_rows(piece.tensor, piece.start, piece.rows):
+        for row, raw in read_piece(checkpoint, piece):
             if work.is_closed:
                 return
-            piece.encoder.write(descriptor, raw, piece.first + row - piece.start, piece.offsets)
+            piece.encoder.write(descriptor, raw, row, piece.offsets)
             read_bytes += raw.nbytes
     except PhishipError as error:
         work.give_up(task, error)

@@ -34,6 +34,7 @@ def check_weights(
     alone.
     """
     opened = open_artifact(folder, reference, console, report, asked)
+    sensitivity.check_experts(opened.plan.decoder)
     with report.step("weights") as step:
         try:
             found = _compare(opened)

@@ -22,7 +22,7 @@ from tests.quality.artifacts import (
 from toolkit import formats
 from toolkit.errors import ArtifactError
 from toolkit.quality import comparing, measures, reference, weightonly
-from toolkit.quality.weightonly import ArtifactWeights, compare, list_names, open_reader
+from toolkit.quality.weightonly import ArtifactWeights, compare, open_reader
 
 RUNTIMES = ("onnxruntime", "onnxruntime_genai", "openvino_genai", "openvino_tokenizers",
             "transformers", "mlx_lm", "xllamacpp")  # fmt: skip
@@ -107,7 +107,7 @@ def test_no_more_than_a_layer_is_in_memory(order: str, case: Case) -> None:
 
     weights = ArtifactWeights(read, case.decoder)
     reference.final_states_of(weights, case.decoder, SEQUENCES)
-    layer = shape_bytes(case.decoder, list_names(case.decoder, 0))
+    layer = shape_bytes(case.decoder, case.decoder.layer_tensors(0))
     largest = max(tensor.nbytes for tensor in tensors.values())
     # What is held of a layer, what was found last, and what is on its way.
     assert most <= layer + 2 * largest

@@ -359,3 +359,28 @@ def test_tasks_that_were_done_before_are_left_out(
     content = path.read_bytes()
     assert content[: step * row_bytes] == source_bytes(checkpoint)[: step * row_bytes]
     assert not any(content[step * row_bytes : 2 * step * row_bytes])
+
+
+@pytest.mark.parametrize("task_weights", [SMALL_TASK_WEIGHTS, 1 << 23])
+def test_a_region_is_put_together_of_rows(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task_weights: int
+) -> None:
+    """Every second row of one tensor, some of another behind them; then two tensors woven."""
+    monkeypatch.setattr(stream, "TASK_WEIGHTS", task_weights)
+    names = [f"model.layers.{layer}.mlp.gate_up_proj.weight" for layer in (0, 1)]
+    first, second = (
+        np.concatenate([part.copy() for _, part in checkpoint.read_rows(name)]) for name in names
+    )
+    rows, columns = first.shape
+    middle = first[1::2].nbytes + second[3:10].nbytes
+    pieces = (
+        stream.Piece(names[0], 1, rows // 2, columns, Copy(), (0,), step=2),
+        stream.Piece(names[1], 3, 7, columns, Copy(), (0,), first=rows // 2),
+        stream.Piece(names[0], 2, rows - 2, columns, Copy(), (middle,), woven=names[1]),
+    )
+    woven = np.stack([first[2:], second[2:]], axis=1)
+    expected = b"".join(part.tobytes() for part in (first[1::2], second[3:10], woven))
+    data = stream.DataFile("data", len(expected), pieces)
+    content, told_bytes = write(checkpoint, data, tmp_path, 2)
+    assert content[HEADER_BYTES:] == expected
+    assert told_bytes == 2 * data.weights

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint
-from toolkit.decoder import Decoder
+from toolkit.decoder import Decoder, Special
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 from toolkit.vendor import Export, Places, Vendor
@@ -64,6 +64,7 @@ class Format(Protocol):
 
     RECIPE: type[Recipe]
     PACKAGES: tuple[str, ...]  # whose versions the manifest records
+    HOLDS: frozenset[Special]  # what of a decoder it can hold, beside what Phi-3 has
 
     def check_shape(self, recipe: Recipe, decoder: Decoder) -> None:
         """PlanError when the recipe cannot hold this architecture (block sizes, features)."""

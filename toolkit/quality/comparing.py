@@ -37,7 +37,9 @@ class Source:
     def logits(self, text: int, rows: slice) -> Array:
         """Logits after some positions of a sequence: float32 [rows, vocab]."""
         weights = CheckpointWeights(self.checkpoint, ignore)
-        return weights.project(self.decoder.head_name, self.states[text, rows])
+        return reference.project(
+            weights, self.decoder, self.decoder.head_name, self.states[text, rows]
+        )
 
 
 def read_source(

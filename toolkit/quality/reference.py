@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint, to_float32
-from toolkit.decoder import Decoder, Rope
+from toolkit.decoder import Decoder, Parts, Rope
+from toolkit.quality.routing import route
 
 Array = NDArray[np.float32]
 Advance = Callable[[int], None]
@@ -52,7 +53,7 @@ def forward(
     there is no id, one lies outside the vocabulary, or there are more than the context holds.
     """
     weights = CheckpointWeights(checkpoint, advance or (lambda _: None))
-    return weights.project(decoder.head_name, final_states(weights, decoder, ids))
+    return project(weights, decoder, decoder.head_name, final_states(weights, decoder, ids))
 
 
 def final_states(weights: Weights, decoder: Decoder, ids: Sequence[int]) -> Array:
@@ -71,7 +72,7 @@ def final_states_of(
     hidden = np.stack([weights.look_up(decoder.names.embedding, ids) for ids in sequences])
     for layer in range(decoder.layers):
         hidden = run_layer(weights, decoder, layer, hidden, rotation)
-    return normalize(weights.read(decoder.names.final_norm), hidden, decoder.norm_epsilon)
+    return norm(weights, decoder, decoder.names.final_norm, hidden)
 
 
 def run_layer(
@@ -79,25 +80,68 @@ def run_layer(
 ) -> Array:
     """One decoder layer on texts of one length: [texts, n, hidden] to the same shape.
 
-    Its four matrices are projected once each, in the order qkv, attention_out, gate_up, down, with
-    the tokens of all texts in one array [texts * n, in].
+    Its matrices are projected once each, in the order of decoder.layer_matrices, with the tokens of
+    all texts in one array [texts * n, in].
     """
     names, shape = decoder.names, hidden.shape
     states = hidden.reshape(-1, shape[-1])
-    normed = normalize(
-        weights.read(names.attention_norm.format(layer)), states, decoder.norm_epsilon
-    )
-    fused = weights.project(names.qkv.format(layer), normed)
+    normed = norm(weights, decoder, names.attention_norm.format(layer), states)
+    (fused,) = project_parts(weights, decoder, normed, decoder.qkv(layer))
     mixed = _mix(decoder, fused.reshape(*shape[:2], -1), rotation)
-    states = states + weights.project(names.attention_out.format(layer), mixed)
-    normed = normalize(weights.read(names.mlp_norm.format(layer)), states, decoder.norm_epsilon)
-    gated = apply_gate(weights.project(names.gate_up.format(layer), normed))
-    return (states + weights.project(names.down.format(layer), gated)).reshape(shape)
+    states = states + project(weights, decoder, names.attention_out.format(layer), mixed)
+    normed = norm(weights, decoder, names.mlp_norm.format(layer), states)
+    answer = run_experts if decoder.experts else run_mlp
+    return (states + answer(weights, decoder, layer, normed)).reshape(shape)
+
+
+def run_mlp(
+    weights: Weights, decoder: Decoder, layer: int, normed: Array, expert: int = 0
+) -> Array:
+    """The gated MLP of a layer, or one of its experts: [n, hidden] to the same shape."""
+    parts = decoder.gate(layer, expert), decoder.up(layer, expert)
+    gated = apply_gate(*project_parts(weights, decoder, normed, *parts))
+    return project(weights, decoder, decoder.down(layer, expert), gated)
+
+
+def run_experts(weights: Weights, decoder: Decoder, layer: int, normed: Array) -> Array:
+    """What the experts of a layer make of [n, hidden], each of the tokens that its router sends."""
+    if decoder.experts is None:
+        raise ValueError(f"layer {layer} of {decoder.family} has no experts")
+    router = weights.read(decoder.names.router.format(layer)).astype(np.float64)
+    picked, shares = route(normed.astype(np.float64) @ router.T, decoder.experts)
+    mixed = np.zeros_like(normed)
+    for expert in range(decoder.experts.count):
+        tokens, places = np.nonzero(picked == expert)
+        answers = run_mlp(weights, decoder, layer, normed[tokens], expert)
+        mixed[tokens] += answers * shares[tokens, places, None].astype(np.float32)
+    return mixed
+
+
+def project(weights: Weights, decoder: Decoder, name: str, inputs: Array) -> Array:
+    """Multiply [n, in] with a matrix [out, in] and add its bias, if any: [n, out]."""
+    outputs = weights.project(name, inputs)
+    if bias := decoder.bias_of(name):
+        outputs += weights.read(bias)
+    return outputs
+
+
+def project_parts(
+    weights: Weights, decoder: Decoder, inputs: Array, *projections: Parts
+) -> list[Array]:
+    """What projections make of [n, in]: [n, rows] each; every tensor is multiplied with once."""
+    names = dict.fromkeys(part.tensor for parts in projections for part in parts)
+    outputs = {name: project(weights, decoder, name, inputs) for name in names}
+    found = []
+    for parts in projections:
+        columns = [outputs[part.tensor][:, part.span] for part in parts]
+        found.append(columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1))
+    return found
 
 
 def bytes_to_read(checkpoint: Checkpoint, decoder: Decoder) -> int:
-    """Bytes of weights that one forward pass uses: every matrix but the embedding's lookup."""
-    matrices = [name for name, shape in decoder.shapes().items() if len(shape) == 2]
+    """Bytes of weights that a forward pass multiplies with: not an embedding's, nor a router's."""
+    shapes = decoder.shapes()
+    matrices = [n for n in shapes if len(shapes[n]) == 2 and decoder.kind_of(n) != "router"]
     used = {*matrices, decoder.head_name} - (
         set() if decoder.is_tied else {decoder.names.embedding}
     )
@@ -125,6 +169,17 @@ def rotary_tables(rope: Rope, length: int) -> tuple[Array, Array]:
     return np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
 
 
+def norm(weights: Weights, decoder: Decoder, name: str, hidden: Array) -> Array:
+    """The decoder's kind of norm over the last axis."""
+    weight, epsilon = weights.read(name), decoder.norm_epsilon
+    if decoder.norm == "rms":
+        return normalize(weight, hidden, epsilon)
+    centred = hidden - hidden.mean(axis=-1, keepdims=True)
+    normed = normalize(weight, centred, epsilon)
+    normed += weights.read(decoder.bias_of(name))
+    return normed
+
+
 def normalize(weight: Array, hidden: Array, epsilon: float) -> Array:
     """RMSNorm over the last axis."""
     mean_square = np.mean(np.square(hidden), axis=-1, keepdims=True)
@@ -133,13 +188,12 @@ def normalize(weight: Array, hidden: Array, epsilon: float) -> Array:
     return normed
 
 
-def apply_gate(gate_up: Array) -> Array:
-    """SiLU of the first half of [n, 2 * intermediate] by the second: [n, intermediate]."""
-    middle = gate_up.shape[-1] // 2
-    gated = np.empty((len(gate_up), middle), np.float32)
-    for start in range(0, len(gate_up), GATED_ROWS):
-        part = gate_up[start : start + GATED_ROWS]
-        np.multiply(silu(part[:, :middle]), part[:, middle:], out=gated[start : start + len(part)])
+def apply_gate(gate: Array, up: Array) -> Array:
+    """SiLU of the gate by up, each [n, intermediate]: the same shape."""
+    gated = np.empty(gate.shape, np.float32)
+    for start in range(0, len(gate), GATED_ROWS):
+        rows = slice(start, start + GATED_ROWS)
+        np.multiply(silu(gate[rows]), up[rows], out=gated[rows])
     return gated
 
 
@@ -232,7 +286,11 @@ class CheckpointWeights:
 
     def project(self, name: str, inputs: Array) -> Array:
         """Multiply [n, in] with the tensor [out, in], piece by piece: [n, out]."""
-        outputs = np.empty((len(inputs), self._checkpoint.tensors[name].shape[0]), np.float32)
+        info = self._checkpoint.tensors[name]
+        outputs = np.empty((len(inputs), info.shape[0]), np.float32)
+        if not len(inputs):  # an expert that no token goes to
+            self._advance(info.nbytes)
+            return outputs
         for row, raw in self._checkpoint.read_rows(name, piece=PIECE_WEIGHTS):
             np.matmul(inputs, to_float32(raw).T, out=outputs[:, row : row + len(raw)])
             self._advance(raw.nbytes)

@@ -8,7 +8,7 @@ import numpy as np
 from toolkit.checkpoint import Checkpoint, to_float32
 from toolkit.quality.reference import Array
 from toolkit.quantize import grids
-from toolkit.stream import DataFile, Encoder, Piece
+from toolkit.stream import DataFile, Encoder, Piece, read_piece
 
 PIECE_WEIGHTS = 1 << 22  # rounded at once, to bound memory
 
@@ -34,6 +34,8 @@ def _round(checkpoint: Checkpoint, name: str, pieces: Sequence[Piece]) -> Array:
     rounded = np.empty(checkpoint.tensors[name].shape, np.float32)
     rows = rounded.reshape(-1, rounded.shape[-1])
     for piece in pieces:
-        for row, raw in checkpoint.read_rows(name, piece.start, piece.rows, PIECE_WEIGHTS):
-            rows[row : row + len(raw)] = round_trip(piece.encoder, to_float32(raw))
+        for row, raw in read_piece(checkpoint, piece, PIECE_WEIGHTS):
+            start = piece.start + (row - piece.first) * piece.step
+            span = slice(start, start + len(raw) * piece.step, piece.step)
+            rows[span] = round_trip(piece.encoder, to_float32(raw))
     return rounded

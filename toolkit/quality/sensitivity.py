@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint, to_float32
 from toolkit.decoder import Decoder
+from toolkit.errors import PlanError
 from toolkit.progress import Advance, ignore
 from toolkit.quality import reference
 from toolkit.quality.details import TensorError
@@ -24,7 +25,6 @@ from toolkit.stream import DataFile
 # Tokens of all variants that are projected at once. The widest product, Phi-3-medium's gate_up, is
 # then 2 x 290 MB; rows of the checkpoint are read anew for each such part, from the system's cache.
 PART_TOKENS = 2048
-KINDS = ("qkv", "attention_out", "gate_up", "down")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def measure(
     """Measure the tensors that `read` yields on sequences of one length.
 
     `advance` is told the bytes of source weights used, `bytes_to_read` in total. ValueError as in
-    reference.forward; ArtifactError when a tensor is missing.
+    reference.forward; ArtifactError when a tensor is missing; PlanError as in `check_experts`.
     """
+    check_experts(decoder)
     for ids in sequences:
         reference.check_ids(decoder, ids)
     pass_ = _Pass(checkpoint, decoder, ArtifactWeights(read, decoder), sequences, advance)
@@ -88,14 +89,25 @@ def measure(
     return Sensitivity(pass_.tokens, whole_kl, errors)
 
 
+def check_experts(decoder: Decoder) -> None:
+    """PlanError for a model with experts: what one matrix moves, the routers behind it magnify."""
+    if decoder.experts:
+        raise PlanError(
+            f"this model ({decoder.family}) has experts: matrices cannot be measured one by one, "
+            "nor mixes of types chosen by that",
+            advice="give types by overrides; `phiship check` measures the whole artifact",
+        )
+
+
 def bytes_to_read(checkpoint: Checkpoint, decoder: Decoder, tokens: int) -> int:
     """Bytes of source weights that `measure` uses; late layers, which more variants meet, more."""
+    kinds = len(decoder.layer_matrices(0))
     each = _variants_per_part(tokens)
     nbytes = {name: info.nbytes for name, info in checkpoint.tensors.items()}
-    total = -(-(2 + len(KINDS) * decoder.layers) // each) * nbytes[decoder.head_name]
+    total = -(-(2 + kinds * decoder.layers) // each) * nbytes[decoder.head_name]
     for layer in range(decoder.layers):
         matrices = sum(nbytes[name] for name in decoder.layer_matrices(layer))
-        parts = -(-(2 + len(KINDS) * layer) // each) + -(-len(KINDS) // each)
+        parts = -(-(2 + kinds * layer) // each) + -(-kinds // each)
         total += parts * matrices
     return total
 
@@ -124,7 +136,7 @@ class _Pass:
         name = decoder.names.embedding
         own = self.source.look_up(name, ids.reshape(-1).tolist()).reshape(*ids.shape, -1)
         self.whole = replaced.read(name)[ids]
-        variants = 2 + len(KINDS) * decoder.layers
+        variants = 2 + len(decoder.layer_matrices(0)) * decoder.layers
         self.hidden = np.empty((variants, *own.shape), np.float32)
         self.hidden[:2] = own, self.whole
         self._note(name, "embedding")
@@ -132,35 +144,35 @@ class _Pass:
     def run_layer(self, layer: int) -> None:
         """Take all variants through a layer; one for each of its matrices joins them."""
         count = len(self.uses) + 1
-        start = np.repeat(self.hidden[:1], len(KINDS), axis=0)
         branches = list(self.decoder.layer_matrices(layer))
-        for part in self._parts(len(KINDS)):
+        start = np.repeat(self.hidden[:1], len(branches), axis=0)
+        for part in self._parts(len(branches)):
             weights = _Branching(self.source, self.replaced, branches[part], self.tokens)
             joined = slice(count + part.start, count + part.stop)
             self.hidden[joined] = self._run(weights, layer, start[part])
         for part in self._parts(count):
             self.hidden[part] = self._run(self.source, layer, self.hidden[part])
         self.whole = self._run(self.replaced, layer, self.whole[None])[0]
-        for kind, name in zip(KINDS, branches, strict=True):
-            self._note(name, kind, layer)
+        for name in branches:
+            self._note(name, self.decoder.kind_of(name) or "", layer)
 
     def compare(self) -> Iterator[float]:
         """The KL of every use of a matrix, the head's last, then of the whole artifact."""
         decoder, name = self.decoder, self.decoder.head_name
-        norm = self.source.read(decoder.names.final_norm)
+        norm, replaced = decoder.names.final_norm, self.replaced
         logits: NDArray[np.float64]
         for part in self._parts(len(self.hidden)):
-            states = reference.normalize(norm, self.hidden[part], decoder.norm_epsilon)
-            outputs = self.source.project(name, states.reshape(-1, decoder.hidden))
+            states = reference.norm(self.source, decoder, norm, self.hidden[part])
+            states = states.reshape(-1, decoder.hidden)
+            outputs = reference.project(self.source, decoder, name, states)
             variants = outputs.reshape(-1, self.tokens, decoder.vocab)
             if part.start == 0:
-                first, variants = states[0].reshape(self.tokens, -1), variants[1:]
+                first, variants = states[: self.tokens], variants[1:]
                 logits = log_softmax(outputs[: self.tokens])
             yield from (_mean_kl(logits, variant) for variant in variants)
-        norm = self.replaced.read(decoder.names.final_norm)
-        whole = reference.normalize(norm, self.whole, decoder.norm_epsilon)
-        yield _mean_kl(logits, self.replaced.project(name, first))
-        yield _mean_kl(logits, self.replaced.project(name, whole.reshape(self.tokens, -1)))
+        whole = reference.norm(replaced, decoder, norm, self.whole).reshape(self.tokens, -1)
+        for last in (first, whole):
+            yield _mean_kl(logits, reference.project(replaced, decoder, name, last))
         self._note(name, "head")
 
     def _run(self, weights: Weights, layer: int, hidden: Array) -> Array:
@@ -219,23 +231,30 @@ def measure_bits(data: DataFile) -> dict[str, float]:
     """Bits that a weight of each tensor takes in a data file, scales and padding included."""
     weights: dict[str, int] = {}
     for piece in data.pieces:
-        weights[piece.tensor] = weights.get(piece.tensor, 0) + piece.weights
+        for name in piece.sources:
+            weights[name] = weights.get(name, 0) + piece.weights // len(piece.sources)
     return {name: 8 * size / weights[name] for name, size in measure_bytes(data).items()}
 
 
 def measure_bytes(data: DataFile) -> dict[str, int]:
     """Bytes that each tensor takes in a data file.
 
-    A region ends where the next one begins; what is stored once for two uses counts once.
+    A region ends where the next one begins; what is stored once for two uses counts once. Pieces
+    that share a region have their weights' part of it.
     """
     pieces = data.pieces
     starts = {offset for piece in pieces for offset in piece.offsets}
     ends = sorted({*starts, *(c.offset for c in data.constants), data.size_bytes})
     sizes = dict(zip(ends, np.diff(ends).tolist(), strict=False))
+    weights: dict[int, int] = {}
+    for piece in pieces:
+        for offset in piece.offsets:
+            weights[offset] = weights.get(offset, 0) + piece.weights
     taken: dict[str, int] = {}
     for piece in pieces:
-        size = sum(sizes[offset] for offset in piece.offsets)
-        taken[piece.tensor] = taken.get(piece.tensor, 0) + size
+        size = sum(sizes[offset] * piece.weights // weights[offset] for offset in piece.offsets)
+        for name in piece.sources:
+            taken[name] = taken.get(name, 0) + size // len(piece.sources)
     return taken
 
 

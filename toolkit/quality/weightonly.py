@@ -38,7 +38,7 @@ class ArtifactWeights:
         self._read = read
         self._coming = read()
         self._layers = {
-            name: layer for layer in range(decoder.layers) for name in list_names(decoder, layer)
+            name: layer for layer in range(decoder.layers) for name in decoder.layer_tensors(layer)
         }
         self._held: dict[str, Array] = {}
         self._in_use: int | str | None = None
@@ -84,13 +84,6 @@ def open_reader(format_name: str, engine: Engine, folder: Path, decoder: Decoder
     return partial(module.dequantize, folder, decoder)
 
 
-def list_names(decoder: Decoder, layer: int) -> list[str]:
-    """Names of a layer's tensors: its matrices and norms."""
-    names = decoder.names
-    kinds = (names.attention_norm, names.qkv, names.attention_out)
-    return [kind.format(layer) for kind in (*kinds, names.mlp_norm, names.gate_up, names.down)]
-
-
 def compare(read: Read, source: Source, sequences: Sequences) -> Comparison:
     """Compare an artifact's weights with the source that has read the same sequences.
 
@@ -114,6 +107,6 @@ def _compare_pass(
         for start in range(0, len(ids), LOGIT_ROWS):
             rows = slice(start, min(start + LOGIT_ROWS, len(ids)))
             own = source.logits(text, rows)
-            artifact = weights.project(decoder.head_name, states[text, rows])
+            artifact = reference.project(weights, decoder, decoder.head_name, states[text, rows])
             next_id = ids[rows.stop] if rows.stop < len(ids) else None
             yield measures.compare_logits(own, artifact, ids[rows], next_id)

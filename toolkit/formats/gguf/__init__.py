@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint
-from toolkit.decoder import Decoder
+from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
 from toolkit.formats.gguf import header, layout, mix, reader
@@ -23,6 +23,7 @@ from toolkit.stream import DataFile
 
 RECIPE = GgufRecipe
 HEADER_BYTES = 250_000  # of 40 layers, rounded up
+HOLDS: frozenset[Special] = frozenset()
 PACKAGES = ("gguf", "sentencepiece", "xllamacpp")
 CONTEXT_MULTIPLE = 256  # llama.cpp rounds the context up to it
 CACHE_BYTES = 2  # keys and values in float16

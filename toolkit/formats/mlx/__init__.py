@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint
-from toolkit.decoder import Decoder
+from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
 from toolkit.formats.mlx import config, layout, reader, schemes
@@ -21,6 +21,7 @@ from toolkit.stream import DataFile
 
 RECIPE = MlxRecipe
 CONFIG_BYTES = 150_000  # of 40 layers, rounded up
+HOLDS: frozenset[Special] = frozenset()
 PACKAGES = ("mlx", "mlx-lm")
 # Resident beside weights and cache: 90 MB with the example; 0.6 GB in the gate with the shape of
 # Phi-3-mini, on a CPU, where scales become float32.

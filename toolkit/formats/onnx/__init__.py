@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from toolkit import __version__
 from toolkit.checkpoint import Checkpoint
-from toolkit.decoder import Decoder
+from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
 from toolkit.formats.onnx import genai, graph, layout, reader, schemes
@@ -21,6 +21,7 @@ from toolkit.stream import DataFile
 
 RECIPE = OnnxRecipe
 GRAPH_BYTES = 250_000  # of 40 layers, rounded up
+HOLDS: frozenset[Special] = frozenset()
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-genai")
 ROTARY_MULTIPLE = 16  # GroupQueryAttention takes cos tables whose width is a multiple of 8
 OVERHEAD_BYTES = {"cpu": 250_000_000, "cuda": 900_000_000}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint
-from toolkit.decoder import Decoder
+from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
 from toolkit.formats.openvino import graph, reader
@@ -24,6 +24,7 @@ from toolkit.stream import DataFile
 
 RECIPE = OpenvinoRecipe
 NETWORK_BYTES = 1_500_000  # of 40 layers, rounded up
+HOLDS: frozenset[Special] = frozenset()
 PACKAGES = ("openvino", "openvino-genai", "openvino-tokenizers", "transformers")
 GROUP_SIZES = (32, 64, 128)
 NPU_GROUP_SIZES = (-1, 128)
