@@ -1,4 +1,4 @@
-"""Make small.tiktoken, a vocabulary like cl100k_base's, and tiktoken.json, what tiktoken makes of it.
+"""Make small.tiktoken, a vocabulary like cl100k_base's, and tiktoken.json, what tiktoken encodes.
 
     python -m tests.golden.make_tiktoken
 
@@ -50,9 +50,8 @@ def main() -> None:
     import tiktoken
     from tiktoken._educational import bpe_train
 
-    text = "\n".join(
-        path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md")) + [Path("README.md")]
-    )
+    paths = [*sorted(Path("docs").glob("*.md")), Path("README.md")]
+    text = "\n".join(path.read_text("utf-8") for path in paths)
     ranks = bpe_train(text[:120_000], COUNT, PATTERN, visualise=None)
     lines = [base64.b64encode(token).decode() + f" {rank}\n" for token, rank in ranks.items()]
     RANKS.write_text("".join(lines), encoding="ascii")

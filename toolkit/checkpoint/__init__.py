@@ -107,8 +107,8 @@ class Checkpoint:
     def _added_ids(self, content: str) -> list[int]:
         """Ids of an added token by its text, from tokenizer.json; none when there is no file."""
         path = self.folder / "tokenizer.json"
-        content = read_json(path) if path.is_file() else self.made_tokenizer or {}
-        added = content.get("added_tokens") or ()
+        whole = read_json(path) if path.is_file() else self.made_tokenizer or {}
+        added = whole.get("added_tokens") or ()
         try:
             return [int(token["id"]) for token in added if token["content"] == content]
         except (KeyError, TypeError, ValueError) as error:

@@ -10,6 +10,7 @@ GPT-2's table of characters that stand for bytes.
 import base64
 import binascii
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _split(path: Path, token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes,
     most = ranks[token]
     parts = [token[place : place + 1] for place in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, most) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, most) for a, b in pairwise(parts)]
         best = min(pairs)
         if best >= most:
             raise _damaged(path, f"token {most} ({token!r}) is no merge of two before it")

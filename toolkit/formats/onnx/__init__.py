@@ -3,25 +3,25 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import __version__
 from toolkit.checkpoint import Checkpoint
-from toolkit.decoder import Decoder, Special
+from toolkit.decoder import BlockSparse, Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.onnx import genai, graph, layout, reader, schemes
+from toolkit.formats.onnx import genai, graph, layout, reader, schemes, sparse
 from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.formats.onnx.session import OnnxSession
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
 RECIPE = OnnxRecipe
-GRAPH_BYTES = 250_000  # of 40 layers, rounded up
-HOLDS: frozenset[Special] = frozenset()
+GRAPH_BYTES = 350_000  # of 40 layers, or 32 with experts, rounded up
+HOLDS: frozenset[Special] = frozenset(get_args(Special))
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-genai")
 ROTARY_MULTIPLE = 16  # GroupQueryAttention takes cos tables whose width is a multiple of 8
 OVERHEAD_BYTES = {"cpu": 250_000_000, "cuda": 900_000_000}
@@ -32,6 +32,10 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     recipe = cast(OnnxRecipe, recipe)
     _check_blocks(recipe, decoder)
     schemes.check_schemes(recipe, decoder)
+    if decoder.experts:
+        _check_experts(recipe)
+    if decoder.sparse:
+        _check_sparse(recipe, decoder.sparse)
     head, io_dtype = recipe.quantization.head, recipe.io_dtype
     if recipe.linear_bits and head in layout.FLOATS and layout.FLOATS[head] != io_dtype:
         raise PlanError(
@@ -42,6 +46,21 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
         raise PlanError(
             f"{recipe.name}: onnxruntime takes rotary widths that are multiples of "
             f"{ROTARY_MULTIPLE}; this model has {decoder.rope.rotary_dim}"
+        )
+
+
+def _check_sparse(recipe: OnnxRecipe, pattern: BlockSparse) -> None:
+    """PlanError for what SparseAttention does not compute."""
+    if recipe.provider != "cpu" or recipe.io_dtype != "float32":
+        raise PlanError(
+            f"{recipe.name}: provider {recipe.provider}, {recipe.io_dtype}: this model's "
+            "block-sparse attention is proven on CPUs in float32 only; allowed provider cpu with "
+            "int4 or fp32"
+        )
+    if pattern.block % sparse.BLOCK_MULTIPLE:
+        raise PlanError(
+            f"{recipe.name}: onnxruntime takes blocks of attention that are multiples of "
+            f"{sparse.BLOCK_MULTIPLE} tokens; this model has {pattern.block}"
         )
 
 
@@ -58,6 +77,22 @@ def _check_blocks(recipe: OnnxRecipe, decoder: Decoder) -> None:
                 f"{recipe.name}: quantization.block_size: {size} does not divide {name} {columns}; "
                 f"allowed {', '.join(fits) or 'none (use fp16 or fp32)'}"
             )
+
+
+def _check_experts(recipe: OnnxRecipe) -> None:
+    """PlanError for what QMoE does not hold."""
+    quantization = recipe.quantization
+    if quantization.precision != "int4":
+        raise PlanError(
+            f"{recipe.name}: quantization.precision: got {quantization.precision}; onnxruntime's "
+            "operator for experts with weights of their own routing is the quantized one; "
+            "allowed int4"
+        )
+    if not quantization.symmetric:
+        raise PlanError(
+            f"{recipe.name}: quantization.symmetric: got false; experts are stored without zero "
+            "points; allowed true"
+        )
 
 
 def list_choices(recipe: Recipe, decoder: Decoder) -> dict[str, tuple[Any, ...]]:

@@ -15,7 +15,7 @@ def make_config(
     pad = checkpoint.special_id("pad_token_id")
     return {
         "model": {
-            "type": "phi3",
+            "type": decoder.family,
             "vocab_size": decoder.vocab,
             "context_length": context_length,
             "bos_token_id": checkpoint.special_id("bos_token_id"),

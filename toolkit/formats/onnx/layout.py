@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.decoder import Decoder, Rope
-from toolkit.formats.onnx.encoders import ITEM_BYTES, Blocks, Plain, Transposed
+from toolkit.decoder import MASKED_LOGIT, Decoder, Experts, Parts, Rope, Rows, name_bias
+from toolkit.formats.onnx.encoders import ITEM_BYTES, Blocks, Picked, Plain, Transposed
 from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.formats.onnx.schemes import Schemes, choose_schemes
+from toolkit.formats.onnx.sparse import COLUMNS, ROWS, make_tables
 from toolkit.stream import Constant, DataFile, Encoder, Piece
 
 DATA_FILE = "model.onnx.data"
@@ -63,30 +64,86 @@ class Layout:
         self.end = offset + nbytes
         return offset
 
-    def add_plain(self, name: str, source: str, dtype: str) -> None:
-        """A tensor stored row by row in a float type."""
+    def add_plain(self, name: str, source: str, dtype: str, factor: float = 1.0) -> None:
+        """A tensor, times a factor, stored row by row in a float type."""
         shape = self.decoder.shapes()[source]
         offset = self.place(name, dtype, shape)
-        self._fill(source, 0, prod(shape[:-1]), shape[-1], Plain(dtype), (offset,))
+        whole = Rows(source, 0, prod(shape[:-1]))
+        self._fill((whole,), shape[-1], Plain(dtype, factor), (offset,))
 
-    def add_linear(
-        self, name: str, source: str, start: int, rows: int, columns: int, bits: int
-    ) -> None:
-        """Rows of an [out, in] matrix: blocks for MatMulNBits, or with 0 bits transposed."""
-        if bits:
+    def add_norm(self, name: str, source: str) -> None:
+        """A norm's weight and, if any, bias; the last one's times the logits' scale."""
+        is_last = source == self.decoder.names.final_norm
+        factor = self.decoder.logit_scale if is_last else 1.0
+        self.add_plain(f"{name}.weight", source, self.recipe.io_dtype, factor)
+        if bias := self.decoder.bias_of(source):
+            self.add_plain(f"{name}.bias", bias, self.recipe.io_dtype, factor)
+
+    def add_linear(self, name: str, parts: Parts) -> None:
+        """An [out, in] matrix put together of rows, and its bias, if any.
+
+        Blocks for MatMulNBits, or transposed where the schemes leave a float type.
+        """
+        rows = sum(part.count for part in parts)
+        columns = self.decoder.shapes()[parts[0].tensor][-1]
+        if bits := self.schemes.bits_of(parts[0].tensor):
             shape = (rows, columns // self.recipe.quantization.block_size, -1)
-            self.add_blocks(name, source, start, shape, bits)
-            return
-        dtype = self.recipe.io_dtype
-        offset = self.place(name, dtype, (columns, rows))
-        columns_of = Transposed(dtype, rows)
-        self._fill(source, start, rows, columns, columns_of, (offset,))
+            self.add_blocks(f"{name}.weight", parts, shape, bits)
+        else:
+            self.add_transposed(f"{name}.weight", parts, self.recipe.io_dtype)
+        if self.decoder.bias_of(parts[0].tensor):
+            self._add_bias(f"{name}.bias", parts, rows)
 
-    def add_blocks(
-        self, name: str, source: str, start: int, shape: tuple[int, ...], bits: int
-    ) -> None:
+    def add_transposed(self, name: str, parts: Parts, dtype: str) -> None:
+        """An [in, out] matrix of floats for MatMul."""
+        rows = sum(part.count for part in parts)
+        columns = self.decoder.shapes()[parts[0].tensor][-1]
+        offset = self.place(name, dtype, (columns, rows))
+        self._fill(parts, columns, Transposed(dtype, rows), (offset,))
+
+    def add_experts(self, name: str, experts: Experts, layer: int) -> None:
+        """All experts' matrices one after the other: QMoE's fc1, rows of gate and up in turn, fc2.
+
+        Codes [experts, rows, bytes] and scales [experts, rows, blocks], as MatMulNBits' own.
+        """
+        decoder, size = self.decoder, self.recipe.quantization.block_size
+        bits = self.schemes.bits_of(decoder.down(layer))
+        encoder = Blocks(bits, size, True, self.recipe.io_dtype)
+        for kind, rows, columns in (
+            ("fc1", 2 * decoder.intermediate, decoder.hidden),
+            ("fc2", decoder.hidden, decoder.intermediate),
+        ):
+            shape = (experts.count, rows)
+            offsets = (
+                self.place(f"{name}.{kind}.weight_Q{bits}", "uint8", (*shape, columns * bits // 8)),
+                self.place(
+                    f"{name}.{kind}.weight_scales", encoder.scale_dtype, (*shape, columns // size)
+                ),
+            )
+            for expert in range(experts.count):
+                source, woven = decoder.down(layer, expert), ""
+                if kind == "fc1":
+                    (gate,), (up,) = decoder.gate(layer, expert), decoder.up(layer, expert)
+                    source, woven = gate.tensor, up.tensor
+                own = decoder.shapes()[source][0]
+                first = expert * own
+                self.pieces.append(
+                    Piece(source, 0, own, columns, encoder, offsets, first, woven=woven)
+                )
+
+    def _add_bias(self, name: str, parts: Parts, rows: int) -> None:
+        dtype = self.recipe.io_dtype
+        offset, item_bytes = self.place(name, dtype, (rows,)), ITEM_BYTES[dtype]
+        for part in parts:
+            bias = name_bias(part.tensor)
+            columns = self.decoder.shapes()[bias][0]
+            encoder = Picked(dtype, part.span)
+            self.pieces.append(Piece(bias, 0, 1, columns, encoder, (offset,)))
+            offset += part.count * item_bytes
+
+    def add_blocks(self, name: str, parts: Parts, shape: tuple[int, ...], bits: int) -> None:
         """Codes of `shape` (rows first, -1 for the rest), scales and, if any, zero points."""
-        columns = self.decoder.shapes()[source][-1]
+        columns = self.decoder.shapes()[parts[0].tensor][-1]
         quantization, rows = self.recipe.quantization, shape[0]
         size, scale_dtype = quantization.block_size, self.recipe.io_dtype
         blocks = columns // size
@@ -99,7 +156,7 @@ class Layout:
             packed = (rows, (blocks * bits + 7) // 8)
             offsets.append(self.place(f"{name}_zero_points", "uint8", packed))
         encoder = Blocks(bits, size, quantization.symmetric, scale_dtype)
-        self._fill(source, start, rows, columns, encoder, tuple(offsets))
+        self._fill(parts, columns, encoder, tuple(offsets))
 
     def share_blocks(self, name: str, other: str, shape: tuple[int, ...], bits: int) -> None:
         """The bytes of `other` once more under `name`, the codes in another shape."""
@@ -112,11 +169,11 @@ class Layout:
         """A small array that `make` computes when it is written."""
         self.constants.append(Constant(self.place(name, dtype, shape), make))
 
-    def _fill(
-        self, source: str, start: int, rows: int, columns: int, encoder: Encoder,
-        offsets: tuple[int, ...],
-    ) -> None:  # fmt: skip
-        self.pieces.append(Piece(source, start, rows, columns, encoder, offsets))
+    def _fill(self, parts: Parts, columns: int, encoder: Encoder, offsets: tuple[int, ...]) -> None:
+        first = 0
+        for tensor, start, rows, step in ((p.tensor, p.start, p.count, p.step) for p in parts):
+            self.pieces.append(Piece(tensor, start, rows, columns, encoder, offsets, first, step))
+            first += rows
 
 
 def lay_out(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> Layout:
@@ -127,16 +184,30 @@ def lay_out(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> Layout
     _add_rope(layout)
     for layer in range(decoder.layers):
         _add_layer(layout, layer)
-    layout.add_plain("model.norm.weight", names.final_norm, recipe.io_dtype)
+    layout.add_norm("model.norm", names.final_norm)
     _add_head(layout)
+    if decoder.masked_tokens:
+        make = partial(_mask_tokens, decoder, recipe.io_dtype)
+        layout.add_computed("lm_head.bias", recipe.io_dtype, (decoder.vocab,), make)
+    if decoder.sparse:
+        tables = make_tables(decoder.sparse, context_length)
+        for name, table in ((ROWS, tables.rows), (COLUMNS, tables.columns)):
+            layout.add_computed(name, "int32", table.shape, partial(np.copy, table))
     return layout
+
+
+def _mask_tokens(decoder: Decoder, dtype: str) -> NDArray[Any]:
+    """What is added to the logits: nothing, but for tokens that are never said."""
+    bias = np.zeros(decoder.vocab, dtype)
+    bias[list(decoder.masked_tokens)] = MASKED_LOGIT
+    return bias
 
 
 def _add_embedding(layout: Layout) -> None:
     recipe, decoder = layout.recipe, layout.decoder
     source, bits = decoder.names.embedding, layout.schemes.embedding
     if bits:
-        layout.add_blocks(EMBEDDING, source, 0, (decoder.vocab, -1), bits)
+        layout.add_blocks(EMBEDDING, (Rows(source, 0, decoder.vocab),), (decoder.vocab, -1), bits)
     else:
         layout.add_plain(EMBEDDING, source, FLOATS[recipe.quantization.embedding])
 
@@ -149,30 +220,26 @@ def _add_head(layout: Layout) -> None:
         shape = (decoder.vocab, decoder.hidden // size, size * bits // 8)
         layout.share_blocks("lm_head.weight", EMBEDDING, shape, bits)
         return
-    layout.add_linear("lm_head.weight", decoder.head_name, 0, decoder.vocab, decoder.hidden, bits)
+    layout.add_linear("lm_head", (Rows(decoder.head_name, 0, decoder.vocab),))
 
 
 def _add_layer(layout: Layout, layer: int) -> None:
-    decoder, names, io_dtype = layout.decoder, layout.decoder.names, layout.recipe.io_dtype
-    hidden, inner = decoder.hidden, decoder.intermediate
-    queries = decoder.heads * decoder.head_dim
+    decoder, names = layout.decoder, layout.decoder.names
     prefix = f"model.layers.{layer}"
-    gate_up = names.gate_up.format(layer)
-    layout.add_plain(
-        f"{prefix}.input_layernorm.weight", names.attention_norm.format(layer), io_dtype
-    )
-    for name, source, start, rows, columns in (
-        ("attn.qkv_proj", names.qkv.format(layer), 0, decoder.qkv_rows, hidden),
-        ("attn.o_proj", names.attention_out.format(layer), 0, hidden, queries),
-        ("mlp.gate_proj", gate_up, 0, inner, hidden),
-        ("mlp.up_proj", gate_up, inner, inner, hidden),
-        ("mlp.down_proj", names.down.format(layer), 0, hidden, inner),
-    ):
-        bits = layout.schemes.layers[source]
-        layout.add_linear(f"{prefix}.{name}.weight", source, start, rows, columns, bits)
-    layout.add_plain(
-        f"{prefix}.post_attention_layernorm.weight", names.mlp_norm.format(layer), io_dtype
-    )
+    out = Rows(names.attention_out.format(layer), 0, decoder.hidden)
+    layout.add_norm(f"{prefix}.input_layernorm", names.attention_norm.format(layer))
+    layout.add_linear(f"{prefix}.attn.qkv_proj", decoder.qkv(layer))
+    layout.add_linear(f"{prefix}.attn.o_proj", (out,))
+    if decoder.experts:
+        router = Rows(names.router.format(layer), 0, decoder.experts.count)
+        layout.add_transposed(f"{prefix}.moe.router.weight", (router,), "float32")
+        layout.add_experts(f"{prefix}.moe", decoder.experts, layer)
+    else:
+        layout.add_linear(f"{prefix}.mlp.gate_proj", decoder.gate(layer))
+        layout.add_linear(f"{prefix}.mlp.up_proj", decoder.up(layer))
+        down = Rows(decoder.down(layer), 0, decoder.hidden)
+        layout.add_linear(f"{prefix}.mlp.down_proj", (down,))
+    layout.add_norm(f"{prefix}.post_attention_layernorm", names.mlp_norm.format(layer))
 
 
 def _add_rope(layout: Layout) -> None:

@@ -42,6 +42,11 @@ class OnnxRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, 
         return "float16" if is_half else "float32"
 
     @property
+    def accuracy_level(self) -> int:
+        """What operators are told; CUDA's have one way only."""
+        return 0 if self.provider == "cuda" else self.quantization.accuracy_level
+
+    @property
     def linear_bits(self) -> int:
         """Bits of the layers' weights; 0 when they are not quantized."""
         return BITS.get(self.quantization.precision, 0)

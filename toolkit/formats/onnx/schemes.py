@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
 from toolkit.formats.onnx.recipe import BITS, Kind, OnnxRecipe
-from toolkit.overrides import check_patterns, list_matrices, resolve
+from toolkit.overrides import check_patterns, list_matrices, path_of, resolve
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,10 @@ class Schemes:
     embedding: int
     head: int
     layers: dict[str, int]
+
+    def bits_of(self, name: str) -> int:
+        """Bits of a matrix that is multiplied with: a layer's, or else the head."""
+        return self.layers.get(name, self.head)
 
 
 def choose_schemes(recipe: OnnxRecipe, decoder: Decoder) -> Schemes:
@@ -54,3 +58,19 @@ def check_schemes(recipe: OnnxRecipe, decoder: Decoder) -> None:
     if overrides and not recipe.linear_bits:
         raise PlanError(f"{where}: got precision {precision}; overrides go with int4; allowed none")
     check_patterns(where, overrides, decoder)
+    _check_together(where, choose_schemes(recipe, decoder), decoder)
+
+
+def _check_together(where: str, schemes: Schemes, decoder: Decoder) -> None:
+    """PlanError when matrices that are stored as one would get different types."""
+    count = decoder.experts.count if decoder.experts else 0
+    for layer in range(decoder.layers):
+        gated = [name for name in decoder.layer_matrices(layer) if decoder.kind_of(name) != "qkv"]
+        qkv = [part.tensor for part in decoder.qkv(layer)]
+        experts = [name for name in gated if decoder.kind_of(name) in ("gate_up", "down")]
+        for names in (qkv, experts if count else []):
+            if len({schemes.layers[name] for name in names}) > 1:
+                raise PlanError(
+                    f"{where}: {path_of(names[0])} and {path_of(names[-1])} are one operator's "
+                    "operands here; allowed the same type for all of them"
+                )
