@@ -114,12 +114,17 @@ def write_random_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = variant_config(variant, dtype)
-    for name in _COPIED_FILES:
-        if (TINY_PHI3 / name).exists():
-            shutil.copyfile(TINY_PHI3 / name, folder / name)
+    copy_tokenizer(folder)
     _write_json(folder / "config.json", config)
     _write_shards(folder, random_weights(config, seed), dtype, shards)
     return folder
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """Copy what tiny-phi3 has beside its weights, but for config.json."""
+    for name in _COPIED_FILES:
+        if (TINY_PHI3 / name).exists():
+            shutil.copyfile(TINY_PHI3 / name, folder / name)
 
 
 def variant_config(variant: str, dtype: Dtype = "bf16") -> dict[str, Any]:

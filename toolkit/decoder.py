@@ -12,7 +12,7 @@ Special = Literal[
     "layer norms", "biases", "split projections", "experts", "block-sparse attention", "gegelu",
     "multipliers", "masked tokens",
 ]  # fmt: skip
-# What is added to the logits of tokens that are never said: the least float16, so that every format can hold it.
+# Added to the logits of tokens that are never said: the least float16, so that all formats hold it.
 MASKED_LOGIT = -65504.0
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,10 @@ from toolkit.stream import DataFile
 
 RECIPE = OnnxRecipe
 GRAPH_BYTES = 350_000  # of 40 layers, or 32 with experts, rounded up
-HOLDS: frozenset[Special] = frozenset(get_args(Special))
+HOLDS: frozenset[Special] = frozenset(
+    ("layer norms", "biases", "split projections", "experts", "block-sparse attention", "gegelu",
+     "multipliers", "masked tokens")
+)  # fmt: skip
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-genai")
 ROTARY_MULTIPLE = 16  # GroupQueryAttention takes cos tables whose width is a multiple of 8
 OVERHEAD_BYTES = {"cpu": 250_000_000, "cuda": 900_000_000}

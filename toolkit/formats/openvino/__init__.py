@@ -14,17 +14,17 @@ from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
 from toolkit.formats.openvino import graph, reader
-from toolkit.formats.openvino.layout import MAIN_FILE
+from toolkit.formats.openvino.layout import MAIN_FILE, list_stacks
 from toolkit.formats.openvino.recipe import OpenvinoRecipe
 from toolkit.formats.openvino.session import OpenvinoSession
 from toolkit.formats.openvino.tokenizer import write_tokenizer
-from toolkit.overrides import check_patterns, list_matrices
+from toolkit.overrides import check_patterns, list_matrices, path_of, resolve
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
 RECIPE = OpenvinoRecipe
 NETWORK_BYTES = 1_500_000  # of 40 layers, rounded up
-HOLDS: frozenset[Special] = frozenset()
+HOLDS: frozenset[Special] = frozenset(("layer norms", "biases", "split projections", "experts"))
 PACKAGES = ("openvino", "openvino-genai", "openvino-tokenizers", "transformers")
 GROUP_SIZES = (32, 64, 128)
 NPU_GROUP_SIZES = (-1, 128)
@@ -40,6 +40,7 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     where = f"{recipe.name}: quantization.overrides"
     check_patterns(where, recipe.quantization.overrides, decoder)
     _check_groups(recipe, decoder)
+    _check_stacks(recipe, decoder)
     _check_tied(recipe, decoder)
     if recipe.provider == "npu":
         _check_npu(recipe)
@@ -58,6 +59,17 @@ def _check_groups(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
             raise PlanError(
                 f"{recipe.name}: quantization.group_size: {size} does not divide {name} {columns}; "
                 f"allowed {', '.join(fits) or 'none (use int8 or f16)'}"
+            )
+
+
+def _check_stacks(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
+    """PlanError when experts that are stored as one constant would get different types."""
+    chosen = resolve(recipe.quantization.overrides, decoder)
+    for names in list_stacks(decoder).values():
+        if len({chosen.get(name) for name in names}) > 1:
+            raise PlanError(
+                f"{recipe.name}: quantization.overrides: {path_of(names[0])} to "
+                f"{path_of(names[-1])} are one constant here; allowed the same type for all"
             )
 
 

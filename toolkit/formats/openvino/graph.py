@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from toolkit.decoder import Decoder, Rope
+from toolkit.decoder import Decoder, Experts, Parts, Rope, cut
 from toolkit.formats.openvino import layout as layouts
-from toolkit.formats.openvino.layout import Layout
+from toolkit.formats.openvino.experts import Stacks, add_experts
+from toolkit.formats.openvino.layout import Layout, stack_names
 from toolkit.formats.openvino.network import Network, Value
 from toolkit.formats.openvino.recipe import OpenvinoRecipe
 
@@ -77,10 +78,10 @@ class _Graph:
         for layer in range(self.decoder.layers):
             hidden = self._add_layer(layer, hidden, inputs)
         hidden = self._norm(hidden, names.final_norm)
-        head = embedding
-        if not self.decoder.is_tied:
-            head = self._matrix(names.head)
-        logits = self._multiply(hidden, head)
+        if self.decoder.is_tied:
+            logits = self._multiply(hidden, embedding)
+        else:
+            logits = self._linear(hidden, names.head)
         net.label(logits, "logits")
         net.add_many("Result", logits, outputs=0, name="logits")
         net.set_runtime_option("ACTIVATIONS_SCALE_FACTOR", "8.0")
@@ -99,16 +100,21 @@ class _Graph:
         out = self._linear(attended, names.attention_out.format(layer))
         hidden = net.add("Add", hidden, out)
         normed = self._norm(hidden, names.mlp_norm.format(layer))
-        return net.add("Add", hidden, self._mlp(layer, normed))
+        if self.decoder.experts:
+            answer = self._mix(layer, normed, self.decoder.experts)
+        else:
+            answer = self._mlp(layer, normed)
+        return net.add("Add", hidden, answer)
 
     def _attention(self, layer: int, normed: Value, inputs: _Inputs) -> Value:
         net, decoder = self.net, self.decoder
         heads, kv_heads, width = decoder.heads, decoder.kv_heads, decoder.head_dim
-        fused = self._linear(normed, decoder.names.qkv.format(layer))
         ends = [n * width for n in (0, heads, heads + kv_heads, heads + 2 * kv_heads)]
+        parts = decoder.qkv(layer)
+        products = self._multiply_parts(normed, parts)
         query, key, value = (
-            self._split_heads(_slice(net, fused, ends[part], ends[part + 1], 2), count)
-            for part, count in enumerate((heads, kv_heads, kv_heads))
+            self._split_heads(self._take(products, cut(parts, first, last)), count)
+            for first, last, count in zip(ends, ends[1:], (heads, kv_heads, kv_heads), strict=False)
         )
         query, key = self._rotate(query, inputs), self._rotate(key, inputs)
         keys = self._cache(layer, "key", key, inputs)
@@ -119,6 +125,30 @@ class _Graph:
         )  # fmt: skip
         rows = net.add("Transpose", attended, net.integers(0, 2, 1, 3))
         return net.add("Reshape", rows, net.integers(0, 0, heads * width), special_zero=True)
+
+    def _multiply_parts(self, rows: Value, *projections: Parts) -> dict[str, Value]:
+        """The products with every tensor that projections are put together of."""
+        names = dict.fromkeys(part.tensor for parts in projections for part in parts)
+        return {name: self._linear(rows, name) for name in names}
+
+    def _take(self, products: dict[str, Value], parts: Parts) -> Value:
+        """The columns [batch, n, rows] that parts of a projection name, of its products."""
+        taken = []
+        for part in parts:
+            value = products[part.tensor]
+            if part.count < self.decoder.shapes()[part.tensor][0]:
+                value = _slice(self.net, value, part.span.start, part.span.stop, 2, part.step)
+            taken.append(value)
+        return taken[0] if len(taken) == 1 else self.net.add("Concat", *taken, axis=2)
+
+    def _mix(self, layer: int, normed: Value, experts: Experts) -> Value:
+        """The experts; the router stays float32."""
+        gate, up, down = (
+            self._matrix(pattern.format(layer, "*")) for pattern in stack_names(self.decoder)
+        )
+        router = self.net.constant(self.decoder.names.router.format(layer))
+        stacks = Stacks(gate, up, down)
+        return add_experts(self.net, normed, router, stacks, experts, self.decoder.hidden)
 
     def _split_heads(self, rows: Value, heads: int) -> Value:
         """[batch, n, heads x width] to [batch, heads, n, width]."""
@@ -170,17 +200,29 @@ class _Graph:
         return net.add("Reshape", repeated, net.integers(0, heads, -1, width), special_zero=True)
 
     def _mlp(self, layer: int, normed: Value) -> Value:
-        net, names, inner = self.net, self.decoder.names, self.decoder.intermediate
-        gate_up = self._linear(normed, names.gate_up.format(layer))
-        gate, up = net.add_many(
-            "VariadicSplit", gate_up, net.integer(LAST), net.integers(inner, inner), outputs=2
-        )
+        net, inner = self.net, self.decoder.intermediate
+        parts = self.decoder.gate(layer), self.decoder.up(layer)
+        products = self._multiply_parts(normed, *parts)
+        if self.decoder.gate_parts:
+            gate, up = (self._take(products, some) for some in parts)
+        else:
+            (gate_up,) = products.values()
+            gate, up = net.add_many(
+                "VariadicSplit", gate_up, net.integer(LAST), net.integers(inner, inner), outputs=2
+            )
         gated = net.add("Multiply", up, net.add("Swish", gate))
-        return self._linear(gated, names.down.format(layer))
+        return self._linear(gated, self.decoder.down(layer))
 
     def _norm(self, hidden: Value, name: str) -> Value:
-        """RMSNorm with a float32 weight."""
+        """The decoder's kind of norm with float32 weights."""
         net = self.net
+        if self.decoder.norm == "layer":
+            normed = net.add(
+                "MVN", hidden, net.integers(LAST), normalize_variance=True,
+                eps=str(self.decoder.norm_epsilon), eps_mode="inside_sqrt",
+            )  # fmt: skip
+            scaled = net.add("Multiply", normed, net.constant(name))
+            return net.add("Add", scaled, net.constant(self.decoder.bias_of(name)))
         square = net.add("Power", hidden, net.floats((2.0,), (1, 1, 1)))
         mean = net.add("ReduceMean", square, net.integers(LAST), keep_dims=True)
         epsilon = net.floats((self.decoder.norm_epsilon,), (1, 1, 1))
@@ -189,7 +231,10 @@ class _Graph:
         return net.add("Multiply", net.add("Multiply", hidden, inverse), net.constant(name))
 
     def _linear(self, rows: Value, name: str) -> Value:
-        return self._multiply(rows, self._matrix(name))
+        """The product with a matrix, and its bias, if any."""
+        product = self._multiply(rows, self._matrix(name))
+        bias = self.decoder.bias_of(name)
+        return self.net.add("Add", product, self.net.constant(bias)) if bias else product
 
     def _multiply(self, rows: Value, matrix: Value) -> Value:
         return self.net.add("MatMul", rows, matrix, transpose_a=False, transpose_b=True)
@@ -198,7 +243,7 @@ class _Graph:
         return self.net.add("Gather", values, indices, axis, batch_dims=0)
 
     def _matrix(self, name: str) -> Value:
-        """An [out, in] matrix as float32, which the runtime keeps as it is stored.
+        """An [..., out, in] matrix as float32, which the runtime keeps as it is stored.
 
         Only in this order: scale, reshape, convert to float32. Any other one is computed at load.
         """
@@ -221,9 +266,10 @@ def _to_half(net: Network, value: Value) -> Value:
     return net.add("Convert", value, dtype="f16", destination_type="f16")
 
 
-def _slice(net: Network, value: Value, start: int, stop: int, axis: int) -> Value:
-    one = net.integers(1)
-    return net.add("Slice", value, net.integers(start), net.integers(stop), one, net.integers(axis))
+def _slice(net: Network, value: Value, start: int, stop: int, axis: int, step: int = 1) -> Value:
+    steps = net.integers(step)
+    ends = net.integers(start), net.integers(stop)
+    return net.add("Slice", value, *ends, steps, net.integers(axis))
 
 
 def _shape(net: Network, value: Value) -> Value:

@@ -1,6 +1,6 @@
 """Where every tensor lies in openvino_model.bin; computed from shapes alone."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -40,7 +40,8 @@ class Layout:
     """Constants in the order they lie, and how each is filled."""
 
     quantization: OpenvinoQuantization
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     end: int = 0
     stored: dict[str, Stored] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
@@ -55,8 +56,14 @@ class Layout:
         offset = self._place(name, dtype, self.shapes[name])
         self._fill(name, Plain(dtype), offset)
 
+    def add_stack(self, name: str, sources: Sequence[str], kind: Kind) -> None:
+        """Matrices of one shape as one constant [sources, out, in]."""
+        self.shapes[name] = (len(sources), *self.shapes[sources[0]])
+        self.sources[name] = tuple(sources)
+        self.add_matrix(name, kind)
+
     def add_matrix(self, name: str, kind: Kind) -> None:
-        """An [out, in] matrix: float16, or codes with scales and, if any, zero points."""
+        """An [..., out, in] matrix: float16, or codes with scales and, if any, zero points."""
         if kind == "f16":
             self.add_plain(name, "f16")
         elif kind == "int4" and self.quantization.symmetric:
@@ -77,7 +84,7 @@ class Layout:
         whole = bits == 8 or self.quantization.group_size == -1
         size, codes, groups = self._group(name, -1 if whole else self.quantization.group_size)
         # Packed zero points of a row must fill whole bytes, for rows are written in any order.
-        point_bits: Literal[4, 8] = 8 if bits == 8 or groups[1] % 2 else 4
+        point_bits: Literal[4, 8] = 8 if bits == 8 or self.shapes[name][-1] // size % 2 else 4
         offsets = [
             self._place(name, f"u{bits}", codes),
             self._place_scales(name, groups),
@@ -87,10 +94,10 @@ class Layout:
 
     def _group(self, name: str, size: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """Weights a group, shape of codes, shape of scales; -1 is one group a row."""
-        rows, columns = self.shapes[name]
+        *rows, columns = self.shapes[name]
         if size == -1:
-            return columns, (rows, columns), (rows, 1)
-        return size, (rows, columns // size, size), (rows, columns // size, 1)
+            return columns, (*rows, columns), (*rows, 1)
+        return size, (*rows, columns // size, size), (*rows, columns // size, 1)
 
     def _place_scales(self, name: str, shape: tuple[int, ...]) -> int:
         return self._place(f"{name}/scale", "f16", shape)
@@ -103,20 +110,45 @@ class Layout:
         return offset
 
     def _fill(self, name: str, encoder: Encoder, *offsets: int) -> None:
-        shape = self.shapes[name]
-        piece = Piece(name, 0, prod(shape[:-1]), shape[-1], encoder, offsets)
-        self.pieces.append(piece)
+        first = 0
+        for source in self.sources.get(name, (name,)):
+            shape = self.shapes[source]
+            rows = prod(shape[:-1])
+            self.pieces.append(Piece(source, 0, rows, shape[-1], encoder, offsets, first))
+            first += rows
 
 
 def lay_out(recipe: OpenvinoRecipe, decoder: Decoder) -> Layout:
     """Place every tensor of the decoder, in order of use; what else a network needs comes after."""
     quantization, names = recipe.quantization, decoder.names
-    layout = Layout(quantization, decoder.shapes())
+    layout = Layout(quantization, dict(decoder.shapes()))
+    sources = list_stacks(decoder)
+    stacks = {name: stack for stack, some in sources.items() for name in some}
     kinds = {names.embedding: quantization.embedding, names.head: quantization.head}
     kinds |= resolve(quantization.overrides, decoder)
-    for name, shape in layout.shapes.items():
-        if len(shape) == 1:
+    for name, shape in decoder.shapes().items():
+        kind = kinds.get(name) or quantization.precision
+        if len(shape) == 1 or decoder.kind_of(name) == "router":
             layout.add_plain(name, "f32")
-        else:
-            layout.add_matrix(name, kinds.get(name) or quantization.precision)
+        elif name not in stacks:
+            layout.add_matrix(name, kind)
+        elif stacks[name] not in layout.stored:
+            layout.add_stack(stacks[name], sources[stacks[name]], kind)
     return layout
+
+
+def list_stacks(decoder: Decoder) -> dict[str, tuple[str, ...]]:
+    """The constants that hold all experts of a layer, and the tensors that they are made of."""
+    found: dict[str, tuple[str, ...]] = {}
+    for layer in range(decoder.layers if decoder.experts else 0):
+        for pattern in stack_names(decoder):
+            numbers = range(decoder.experts.count if decoder.experts else 0)
+            names = (pattern.format(layer, expert) for expert in numbers)
+            found[pattern.format(layer, "*")] = tuple(names)
+    return found
+
+
+def stack_names(decoder: Decoder) -> tuple[str, str, str]:
+    """Patterns of gate, up and down; with `*` for the expert they name a stack."""
+    (gate,), (up,) = decoder.gate_parts, decoder.up_parts
+    return gate.tensor, up.tensor, decoder.names.down

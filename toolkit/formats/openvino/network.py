@@ -16,14 +16,16 @@ IR_VERSION = 11
 # The operation set that each operation is taken from.
 OPSETS = {
     **dict.fromkeys(("Add", "Divide", "Multiply", "Power", "Subtract"), 1),
-    **dict.fromkeys(("Greater", "GreaterEqual", "LessEqual", "Select"), 1),
+    **dict.fromkeys(("Abs", "Exp", "Maximum", "Minimum", "ReduceSum"), 1),
+    **dict.fromkeys(("Equal", "Greater", "GreaterEqual", "LessEqual", "LogicalOr", "Select"), 1),
     **dict.fromkeys(("Const", "Convert", "Parameter", "Result"), 1),
     **dict.fromkeys(("Cos", "MatMul", "ReduceMax", "ReduceMean", "Sin", "Sqrt"), 1),
-    **dict.fromkeys(("Concat", "Reshape", "Transpose", "Unsqueeze", "VariadicSplit"), 1),
-    **dict.fromkeys(("Broadcast", "ShapeOf"), 3),
+    **dict.fromkeys(("Concat", "Reshape", "Tile", "Transpose", "Unsqueeze", "VariadicSplit"), 1),
+    **dict.fromkeys(("Broadcast", "ScatterElementsUpdate", "ShapeOf"), 3),
     **dict.fromkeys(("Range", "Swish"), 4),
-    **dict.fromkeys(("Assign", "ReadValue"), 6),
+    **dict.fromkeys(("Assign", "MVN", "ReadValue"), 6),
     **dict.fromkeys(("Gather", "Slice"), 8),
+    "TopK": 11,
     **dict.fromkeys(("BitwiseAnd", "ScaledDotProductAttention"), 13),
 }
 PRECISIONS = {
@@ -69,6 +71,21 @@ class Network:
         **data: str | int | bool,
     ) -> list[Value]:  # fmt: skip
         """Add a layer; `data` are the operation's attributes. Ports count inputs, then outputs."""
+        return self._add(kind, inputs, [dtype or inputs[0].dtype] * outputs, name, data)
+
+    def add_top(self, values: Value, count: int) -> tuple[Value, Value]:
+        """The largest values along the last axis, first ones first, and their int64 places."""
+        data: dict[str, str | int | bool] = {
+            "axis": -1, "mode": "max", "sort": "value", "index_element_type": "i64",
+        }  # fmt: skip
+        inputs = (values, self.integer(count))
+        top, places = self._add("TopK", inputs, [values.dtype, "i64"], "", data)
+        return top, places
+
+    def _add(
+        self, kind: str, inputs: tuple[Value, ...], dtypes: list[str], name: str,
+        data: dict[str, str | int | bool],
+    ) -> list[Value]:  # fmt: skip
         number = len(self._layers)
         layer = SubElement(
             self._layers, "layer", id=str(number), name=name or f"{kind}_{number}", type=kind,
@@ -77,12 +94,11 @@ class Network:
         if data:
             SubElement(layer, "data", {key: _spell(value) for key, value in data.items()})
         self._connect(layer, number, inputs)
-        dtype = dtype or inputs[0].dtype
-        values = [Value(number, len(inputs) + index, dtype) for index in range(outputs)]
+        values = [Value(number, len(inputs) + index, one) for index, one in enumerate(dtypes)]
         if values:
             ports = SubElement(layer, "output")
             for value in values:
-                SubElement(ports, "port", id=str(value.port), precision=PRECISIONS[dtype])
+                SubElement(ports, "port", id=str(value.port), precision=PRECISIONS[value.dtype])
         return values
 
     def label(self, value: Value, name: str) -> None:

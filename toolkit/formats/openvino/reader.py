@@ -10,22 +10,28 @@ from numpy.typing import NDArray
 from toolkit.decoder import Decoder
 from toolkit.errors import require
 from toolkit.formats.openvino.layout import MAIN_FILE as MAIN_FILE
+from toolkit.formats.openvino.layout import list_stacks
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Yield (checkpoint name, float32 weights) for every tensor of the decoder."""
     constants = read_constants(folder)
+    places = {
+        name: (stack, number)
+        for stack, names in list_stacks(decoder).items()
+        for number, name in enumerate(names)
+    }
     for name, shape in decoder.shapes().items():
-        yield name, decode(constants, name).reshape(shape)
+        yield name, decode(constants, *places.get(name, (name, None))).reshape(shape)
 
 
-def decode(constants: dict[str, Any], name: str) -> NDArray[np.float32]:
-    """The values of a constant, with its zero points and scales where it has any."""
-    values = unpack(constants[name])
+def decode(constants: dict[str, Any], name: str, part: int | None = None) -> NDArray[np.float32]:
+    """The values of a constant or a part of it, with zero points and scales where it has any."""
+    values = unpack(constants[name], part)
     if f"{name}/scale" in constants:
         if f"{name}/zero_point" in constants:
-            values -= unpack(constants[f"{name}/zero_point"])
-        values *= unpack(constants[f"{name}/scale"])
+            values -= unpack(constants[f"{name}/zero_point"], part)
+        values *= unpack(constants[f"{name}/scale"], part)
     return values
 
 
@@ -39,14 +45,17 @@ def read_constants(folder: Path) -> dict[str, Any]:
     }
 
 
-def unpack(constant: Any) -> NDArray[np.float32]:
-    """A constant's values as float32 in its own shape."""
+def unpack(constant: Any, part: int | None = None) -> NDArray[np.float32]:
+    """A constant's values as float32 in its own shape, or one part of its first axis."""
     shape = tuple(constant.get_output_shape(0))
     kind = constant.get_element_type().get_type_name()
+    data = constant.get_data()
     if kind not in ("i4", "u4"):
-        values: NDArray[np.float32] = constant.get_data().astype(np.float32)
+        values: NDArray[np.float32] = (data if part is None else data[part]).astype(np.float32)
         return values
-    pairs = constant.get_data().view(np.uint8).reshape(-1)
+    pairs = data.view(np.uint8).reshape(-1)
+    if part is not None:
+        pairs, shape = pairs.reshape(shape[0], -1)[part], shape[1:]
     codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(shape)
     if kind == "i4":
         return ((codes ^ 8).astype(np.float32)) - 8

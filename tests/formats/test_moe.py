@@ -1,0 +1,186 @@
+"""A mixture of experts in each format that holds it: read back, and run in its own runtime."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import pytest
+from numpy.typing import NDArray
+
+from tests.formats.writing import write_artifact
+from tests.golden.cases import case_ids
+from tests.golden.moe_cases import SEED
+from tests.moe_checkpoints import write_moe_checkpoint
+from toolkit import catalog, formats
+from toolkit.checkpoint import Checkpoint
+from toolkit.decoder import Decoder
+from toolkit.errors import CheckpointError, PlanError
+from toolkit.families import read_decoder
+from toolkit.formats.onnx.recipe import OnnxQuantization, OnnxRecipe
+from toolkit.formats.openvino.layout import MAIN_FILE
+from toolkit.formats.openvino.recipe import OpenvinoQuantization, OpenvinoRecipe
+from toolkit.plan import make_plan
+from toolkit.quality import reference
+from toolkit.quality.measures import compare_logits
+from toolkit.quality.weightonly import ArtifactWeights
+from toolkit.recipe import Recipe
+
+# Runtimes and the reference add in other orders, in float32: at most 3e-5 apart on logits that
+# spread by 1.6. A wrong routing, bias or row moves them by 0.01 and more.
+TOLERANCE = 2e-4
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(write_moe_checkpoint(tmp_path_factory.mktemp("moe"), seed=SEED))
+
+
+def onnx_recipe(**changes: Any) -> OnnxRecipe:
+    settings = {"precision": "int4", "block_size": 128, "accuracy_level": 0, **changes}
+    return OnnxRecipe(name="x", model="x", title="x", quantization=OnnxQuantization(**settings))
+
+
+def openvino_recipe(**changes: Any) -> OpenvinoRecipe:
+    settings = {"precision": "int4", **changes}
+    quantization = OpenvinoQuantization(**settings)
+    return OpenvinoRecipe(name="x", model="x", title="x", quantization=quantization)
+
+
+RECIPES: dict[str, Recipe] = {
+    "openvino-int4": openvino_recipe(),
+    "openvino-int4-asym": openvino_recipe(symmetric=False, group_size=64),
+    "openvino-int4-whole-rows": openvino_recipe(group_size=-1),
+    "openvino-int8": openvino_recipe(precision="int8"),
+    "openvino-f16": openvino_recipe(precision="f16"),
+    "onnx-int4": onnx_recipe(),
+    "onnx-int4-float-head": onnx_recipe(head="fp32", block_size=64),
+}
+
+
+def run_weights(folder: Path, recipe: Recipe, decoder: Decoder, ids: list[int]) -> NDArray[Any]:
+    """The reference's logits with the artifact's own weights."""
+    read = partial(formats.get(recipe.format).dequantize, folder, decoder)
+    weights = ArtifactWeights(read, decoder)
+    states = reference.final_states(weights, decoder, ids)
+    return reference.project(weights, decoder, decoder.head_name, states)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_runtime_does_what_the_reference_does(
+    checkpoint: Checkpoint, tmp_path: Path, name: str
+) -> None:
+    recipe, decoder = RECIPES[name], read_decoder(checkpoint.config)
+    write_artifact(recipe, checkpoint, tmp_path, workers=2)
+    ids = case_ids(checkpoint.folder, LENGTH)
+    expected = run_weights(tmp_path, recipe, decoder, ids)
+    logits = formats.get(recipe.format).open_session(tmp_path).logits(ids)
+    assert np.abs(logits - expected).max() < TOLERANCE
+    source = reference.forward(checkpoint, decoder, ids)
+    found = compare_logits(source, logits, ids, None)
+    assert found.kl.mean() < 0.2
+
+
+@pytest.mark.parametrize("name", ["openvino-int4", "openvino-int4-asym", "openvino-int8"])
+def test_openvino_reads_only_the_picked_experts(
+    checkpoint: Checkpoint, tmp_path: Path, name: str
+) -> None:
+    """Its plugin recognises the pattern: three products a layer that gather what is picked."""
+    write_artifact(RECIPES[name], checkpoint, tmp_path)
+    model = openvino.Core().compile_model(tmp_path / MAIN_FILE, "CPU")
+    kinds = [node.get_rt_info()["layerType"] for node in model.get_runtime_model().get_ops()]
+    layers = read_decoder(checkpoint.config).layers
+    assert sum(kind.astype(str) == "GatherMatmul" for kind in kinds) == 3 * layers
+
+
+@pytest.mark.parametrize("name", ["onnx-int4", "openvino-int4"])
+def test_beyond_the_switch_and_token_by_token(
+    checkpoint: Checkpoint, tmp_path: Path, name: str
+) -> None:
+    recipe, decoder = RECIPES[name], read_decoder(checkpoint.config)
+    write_artifact(recipe, checkpoint, tmp_path)
+    ids = case_ids(checkpoint.folder, 100)
+    session = formats.get(recipe.format).open_session(tmp_path)
+    expected = run_weights(tmp_path, recipe, decoder, ids)
+    assert np.abs(session.logits(ids) - expected).max() < TOLERANCE
+    answer = session.generate(ids[:10], 12)
+    logits = run_weights(tmp_path, recipe, decoder, [*ids[:10], *answer])
+    assert answer == logits[9 : 9 + len(answer)].argmax(axis=1).tolist()
+
+
+def test_experts_may_have_eight_bits(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """QMoE multiplies 8-bit weights with 8-bit activations only, which costs 1 % of the logits."""
+    decoder = read_decoder(checkpoint.config)
+    recipe = onnx_recipe(overrides={"*.experts.*": "int8"})
+    write_artifact(recipe, checkpoint, tmp_path)
+    ids = case_ids(checkpoint.folder, LENGTH)
+    expected = run_weights(tmp_path, recipe, decoder, ids)
+    logits = formats.get("onnx").open_session(tmp_path).logits(ids)
+    assert compare_logits(expected, logits, ids, None).kl.mean() < 0.01
+
+
+def test_read_back_is_near_the_source(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Every tensor once, with its own shape; codes of 4 bits are 10 % off."""
+    decoder = read_decoder(checkpoint.config)
+    for name, recipe in RECIPES.items():
+        (folder := tmp_path / name).mkdir()
+        write_artifact(recipe, checkpoint, folder)
+        found = dict(formats.get(recipe.format).dequantize(folder, decoder))
+        assert found.keys() == decoder.shapes().keys()
+        for tensor, weights in found.items():
+            own = checkpoint.read(tensor)
+            assert weights.shape == own.shape
+            assert np.linalg.norm(weights - own) < 0.12 * np.linalg.norm(own), tensor
+
+
+REFUSED: dict[str, tuple[Recipe, str]] = {
+    "precision": (onnx_recipe(precision="fp32"), "got fp32; onnxruntime's operator for experts"),
+    "symmetric": (onnx_recipe(symmetric=False), "experts are stored without zero points"),
+    "one of many": (onnx_recipe(overrides={"*.0.*.experts.3.w1": "int8"}), "the same type for all"),
+    "keys alone": (openvino_recipe(overrides={"*.experts.3.w1": "int8"}), "the same type for all"),
+    "gptq": (onnx_recipe(method="gptq"), "a text shows each expert too few tokens"),
+    "equalize": (openvino_recipe(equalize=True), "knows Phi-3's own layers only"),
+    "router": (onnx_recipe(overrides={"*.gate": "int8"}), "matches no module"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused(checkpoint: Checkpoint, case: str) -> None:
+    recipe, reason = REFUSED[case]
+    with pytest.raises(PlanError, match=reason):
+        make_plan(recipe, read_decoder(checkpoint.config))
+
+
+@pytest.mark.parametrize("format_name", ["gguf", "mlx"])
+def test_formats_that_cannot_hold_it_name_those_that_can(
+    checkpoint: Checkpoint, format_name: str
+) -> None:
+    recipe = next(one for one in catalog.load_recipes("tiny-phi3") if one.format == format_name)
+    with pytest.raises(PlanError, match="experts; onnx and openvino can"):
+        make_plan(recipe, read_decoder(checkpoint.config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "dropped", "reason"),
+    [
+        ({"num_experts_per_tok": 3}, "", r"num_experts_per_tok: got 3; allowed 2"),
+        ({"num_local_experts": 1}, "", "num_local_experts: got 1; allowed 2 or more"),
+        ({"router_jitter_noise": "a"}, "", "router_jitter_noise: got 'a'; allowed a number above"),
+        ({"num_local_experts": 9}, "", r"gate.weight: found \[8, 256\]; expected \[9, 256\]"),
+        ({}, "experts.5.w3.weight", r"experts.5.w3.weight \[384, 256\] is missing"),
+        ({}, "k_proj.bias", r"k_proj.bias \[128\] is missing"),
+        ({"attention_bias": False}, "", "k_proj.bias is not part of PhiMoEForCausalLM"),
+        ({"intermediate_size": 448}, "", r"w1.weight: found \[384, 256\]; expected \[448, 256\]"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_its_config(
+    checkpoint: Checkpoint, changes: dict[str, Any], dropped: str, reason: str
+) -> None:
+    fields = {**checkpoint.config.fields, **changes}
+    tensors = {n: one for n, one in checkpoint.tensors.items() if not dropped or dropped not in n}
+    bad = replace(checkpoint, config=replace(checkpoint.config, fields=fields), tensors=tensors)
+    with pytest.raises(CheckpointError, match=reason):
+        bad.check(read_decoder(bad.config))
