@@ -66,6 +66,7 @@ class Format(Protocol):
     RECIPE: type[Recipe]
     PACKAGES: tuple[str, ...]  # whose versions the manifest records
     HOLDS: frozenset[Special]  # what of a decoder it can hold, beside what Phi-3 has
+    REASONS: Mapping[Special, str]  # why it cannot hold something, where there is more to say
 
     def check_shape(self, recipe: Recipe, decoder: Decoder) -> None:
         """PlanError when the recipe cannot hold this architecture (block sizes, features)."""

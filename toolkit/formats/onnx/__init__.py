@@ -1,7 +1,7 @@
 """ONNX for onnxruntime-genai: int4 (MatMulNBits), fp16, fp32; for CPU, CUDA and phones."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ HOLDS: frozenset[Special] = frozenset(
     ("layer norms", "biases", "split projections", "experts", "block-sparse attention", "gegelu",
      "multipliers", "masked tokens")
 )  # fmt: skip
+REASONS: Mapping[Special, str] = {}
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-genai")
 ROTARY_MULTIPLE = 16  # GroupQueryAttention takes cos tables whose width is a multiple of 8
 OVERHEAD_BYTES = {"cpu": 250_000_000, "cuda": 900_000_000}

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ HOLDS: frozenset[Special] = frozenset(
     ("layer norms", "biases", "split projections", "experts", "block-sparse attention", "gegelu",
      "multipliers", "masked tokens")
 )  # fmt: skip
+REASONS: Mapping[Special, str] = {}
 PACKAGES = ("openvino", "openvino-genai", "openvino-tokenizers", "transformers")
 GROUP_SIZES = (32, 64, 128)
 NPU_GROUP_SIZES = (-1, 128)
