@@ -94,14 +94,18 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
 
 
-class Runtime(msgspec.Struct, frozen=True, kw_only=True):
-    """What has to be on the device: an engine of the runner, its provider and package version."""
+class Runtime(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What has to be on the device: an engine of the runner, its provider and package version.
+
+    `properties` are what the engine has to be loaded with for the artifact to be its source.
+    """
 
     engine: str
     provider: str
     package: str
     version: str
     main_file: str
+    properties: dict[str, str] = {}
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -338,8 +338,7 @@ def _resume(
             return layer, np.load(path)
     for ids in text.sequences:
         reference.check_ids(decoder, ids)
-    name = decoder.names.embedding
-    return 0, np.stack([watched.look_up(name, ids) for ids in text.sequences])
+    return 0, np.stack([reference.embed(watched, decoder, ids) for ids in text.sequences])
 
 
 def _save(folders: Sequence[Path], layer: int, hidden: Array) -> None:

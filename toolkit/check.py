@@ -129,7 +129,7 @@ def check_artifact(
 ) -> Quality:  # fmt: skip
     """Verify a sealed artifact's files and measure it on a text; GateError when it fails."""
     opened = open_artifact(folder, reference, console, report, asked)
-    session = formats.get(opened.plan.recipe.format).open_session(folder)
+    session = _open_session(folder, opened.plan)
     try:
         return _measure(_Reading(opened, session), report, asked.details)
     finally:
@@ -302,11 +302,15 @@ def run_checks(
     console: Console, step: Step,
 ) -> Quality:  # fmt: skip
     """Run the gate and note in `step` what was measured, also when it fails."""
-    session = formats.get(plan.recipe.format).open_session(folder)
+    session = _open_session(folder, plan)
     try:
         return _run_gate(session, plan, checkpoint, chat, check_logits, console, step)
     finally:
         session.close()
+
+
+def _open_session(folder: Path, plan: Plan) -> Session:
+    return formats.get(plan.recipe.format).open_session(folder, **plan.needs.properties)
 
 
 def _run_gate(

@@ -4,11 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 Norm = Literal["rms", "layer"]
 Kind = Literal["qkv", "attention_out", "router", "gate_up", "down", "head"]
-Special = Literal["layer norms", "biases", "split projections", "experts"]
+Special = Literal[
+    "layer norms", "biases", "split projections", "experts", "block-sparse attention", "gegelu",
+    "multipliers", "masked tokens",
+]  # fmt: skip
+# Added to the logits of tokens that are never said: the least float16, so that all formats hold it.
+MASKED_LOGIT = -65504.0
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,40 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class BlockSparse:
+    """Attention by blocks of `block` tokens, causal besides.
+
+    A query sees the nearest `local` blocks, its own among them, and of those before the ones that
+    its head looks at: every `stride`-th, from another one on in each head. `shifts` has one number
+    a head. Every `dense_every`-th layer sees all.
+    """
+
+    block: int
+    local: int
+    stride: int
+    shifts: tuple[int, ...]
+    dense_every: int
+
+    def sees(self, query: Any, key: Any, shift: Any) -> Any:
+        """Whether a query of a block sees a key of a block, not after it; numbers or arrays."""
+        return (query - key < self.local) | ((key + shift + 1) % self.stride == 0)
+
+    def is_dense(self, layer: int) -> bool:
+        """True for a layer that sees all."""
+        return (layer + 1) % self.dense_every == 0
+
+
+@dataclass(frozen=True)
 class Decoder:
-    """A pre-norm decoder: attention of queries, keys and values, then a gated SiLU MLP.
+    """A pre-norm decoder: attention of queries, keys and values, then a gated MLP.
 
     By default as Phi-3: RMSNorm, no biases, fused qkv and gate_up, no experts. `biased` names the
     kinds of matrices that have biases; layer norms have one always. Parts are in the order in which
     the projection's rows are used; empty, they are the rows of `names.qkv` or `names.gate_up`.
+    The MLP is SiLU of the gate by up; with a `gegelu_limit` it is quick GELU of the gate, at most
+    that, by up, within that at both ends, + 1. `embedding_scale` multiplies what is looked up,
+    `logit_scale` the logits; `attention_scale` the scores (None: head_dim ** -0.5).
+    `masked_tokens` are never said.
     """
 
     family: str
@@ -122,6 +155,12 @@ class Decoder:
     gate_parts: Parts = ()
     up_parts: Parts = ()
     experts: Experts | None = None
+    sparse: BlockSparse | None = None
+    gegelu_limit: float | None = None
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_scale: float = 1.0
+    masked_tokens: tuple[int, ...] = ()
 
     @property
     def specials(self) -> tuple[Special, ...]:
@@ -131,8 +170,22 @@ class Decoder:
             "biases": bool(self.biased),
             "split projections": bool(self.qkv_parts or self.gate_parts or self.up_parts),
             "experts": self.experts is not None,
+            "block-sparse attention": self.sparse is not None,
+            "gegelu": self.gegelu_limit is not None,
+            "multipliers": (self.embedding_scale, self.attention_scale, self.logit_scale)
+            != (1.0, None, 1.0),
+            "masked tokens": bool(self.masked_tokens),
         }
         return tuple(special for special, is_so in found.items() if is_so)
+
+    @property
+    def score_scale(self) -> float:
+        """What attention's scores are multiplied with."""
+        return self.attention_scale or self.head_dim**-0.5
+
+    def sparse_of(self, layer: int) -> BlockSparse | None:
+        """Which blocks a layer's attention sees; None where it sees all."""
+        return None if self.sparse is None or self.sparse.is_dense(layer) else self.sparse
 
     @property
     def qkv_rows(self) -> int:
@@ -149,12 +202,12 @@ class Decoder:
         return _at(self.qkv_parts or (Rows(self.names.qkv, 0, self.qkv_rows),), layer)
 
     def gate(self, layer: int, expert: int = 0) -> Parts:
-        """What goes through SiLU, of a layer or of one of its experts."""
+        """What goes through the MLP's function, of a layer or of one of its experts."""
         whole = Rows(self.names.gate_up, 0, self.intermediate)
         return _at(self.gate_parts or (whole,), layer, expert)
 
     def up(self, layer: int, expert: int = 0) -> Parts:
-        """What SiLU of the gate is multiplied with."""
+        """What that is multiplied with."""
         whole = Rows(self.names.gate_up, self.intermediate, self.intermediate)
         return _at(self.up_parts or (whole,), layer, expert)
 

@@ -156,10 +156,12 @@ def _check_architecture(recipe: Recipe, decoder: Decoder) -> None:
     specials = decoder.specials
     able = [name for name in formats.names() if formats.get(name).HOLDS.issuperset(specials)]
     if recipe.format not in able:
-        lacking = [one for one in specials if one not in formats.get(recipe.format).HOLDS]
+        module = formats.get(recipe.format)
+        lacking = [one for one in specials if one not in module.HOLDS]
+        reasons = "".join(f" ({module.REASONS[one]})" for one in lacking if one in module.REASONS)
         raise PlanError(
             f"{recipe.name}: {recipe.format} cannot hold this model ({decoder.family}), for its "
-            f"{' and '.join(lacking)}; {' and '.join(able) or 'no format'} can"
+            f"{' and '.join(lacking)}{reasons}; {' and '.join(able) or 'no format'} can"
         )
     if specials and recipe.engine != "native":
         raise PlanError(
@@ -197,8 +199,8 @@ def _check_codes(recipe: Recipe, decoder: Decoder, data: DataFile) -> None:
 
 
 def measure_tokenizer(checkpoint: Checkpoint) -> int:
-    """Bytes of the tokenizer's files."""
-    return sum(path.stat().st_size for path in checkpoint.tokenizer_files())
+    """Bytes of the tokenizer's files, as an artifact has them."""
+    return sum(map(len, checkpoint.tokenizer_contents().values()))
 
 
 def _limit_workers(workers: int | None, memory_bytes: int | None) -> int:

@@ -1,6 +1,7 @@
 """A checkpoint in a local folder: config, tensors by row range, tokenizer files."""
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import fileio
+from toolkit.checkpoint import ranks
 from toolkit.checkpoint.config import Config, read_config, read_json
 from toolkit.checkpoint.safetensors import TensorInfo, read_index
 from toolkit.decoder import Decoder
@@ -25,7 +27,10 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    ranks.RANKS_FILE,
 )
+# How runtimes are to read tokenizer.json, where the checkpoint names code of its own.
+FAST_TOKENIZER = "PreTrainedTokenizerFast"
 RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
@@ -102,7 +107,8 @@ class Checkpoint:
     def _added_ids(self, content: str) -> list[int]:
         """Ids of an added token by its text, from tokenizer.json; none when there is no file."""
         path = self.folder / "tokenizer.json"
-        added = read_json(path).get("added_tokens") or () if path.is_file() else ()
+        whole = read_json(path) if path.is_file() else self.made_tokenizer or {}
+        added = whole.get("added_tokens") or ()
         try:
             return [int(token["id"]) for token in added if token["content"] == content]
         except (KeyError, TypeError, ValueError) as error:
@@ -119,6 +125,49 @@ class Checkpoint:
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files that are there."""
         return [self.folder / n for n in TOKENIZER_FILES if (self.folder / n).is_file()]
+
+    @cached_property
+    def made_tokenizer(self) -> dict[str, Any] | None:
+        """What tokenizer.json says where it is to be made of a tiktoken file; None elsewhere.
+
+        CheckpointError when that file, or the list of added tokens, is damaged.
+        """
+        path = self.folder / ranks.RANKS_FILE
+        if not path.is_file() or (self.folder / "tokenizer.json").is_file():
+            return None
+        return ranks.make_tokenizer(path, self.config.integer("vocab_size"), self._listed_tokens())
+
+    def _listed_tokens(self) -> dict[int, str]:
+        """Added tokens by id, as tokenizer_config.json lists them."""
+        listed = self.tokenizer_config.get("added_tokens_decoder") or {}
+        try:
+            return {int(token): str(entry["content"]) for token, entry in listed.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder / 'tokenizer_config.json'}: added_tokens_decoder: damaged "
+                f"({error!r}); allowed a mapping of ids to tokens with content"
+            ) from error
+
+    def tokenizer_contents(self) -> dict[str, bytes]:
+        """The tokenizer's files as every artifact has them: by name what they say.
+
+        Verbatim, but for a tiktoken file: it becomes tokenizer.json, for runtimes that read the
+        former read it wrong.
+        """
+        paths = [path for path in self.tokenizer_files() if path.name != ranks.RANKS_FILE]
+        contents = {path.name: path.read_bytes() for path in paths}
+        if self.made_tokenizer:
+            config = {**self.tokenizer_config, "tokenizer_class": FAST_TOKENIZER}
+            config.pop("auto_map", None)  # code that reads the tiktoken file
+            contents["tokenizer_config.json"] = json.dumps(config, indent=2).encode() + b"\n"
+            made = json.dumps(self.made_tokenizer, ensure_ascii=False, separators=(",", ":"))
+            contents["tokenizer.json"] = made.encode() + b"\n"
+        return contents
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files, as artifacts have them, into `folder`."""
+        for name, content in self.tokenizer_contents().items():
+            (folder / name).write_bytes(content)
 
     def check(self, decoder: Decoder) -> None:
         """Compare names and shapes with the architecture; CheckpointError on any difference."""

@@ -47,12 +47,13 @@ class Config:
             raise self.error(key, value, "a whole number above 0")
         return value
 
-    def flag(self, key: str) -> bool:
-        """True or false; false when absent; CheckpointError otherwise."""
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false; `default` when absent; CheckpointError otherwise."""
         value = self.fields.get(key)
-        if value is not None and not isinstance(value, bool):
+        value = default if value is None else value
+        if not isinstance(value, bool):
             raise self.error(key, value, "true or false")
-        return bool(value)
+        return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number > 0; CheckpointError otherwise."""

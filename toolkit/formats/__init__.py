@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -24,7 +24,7 @@ class RuntimeNeeds:
     `overhead_bytes` is the engine with its work buffers, measured with the bundled example.
     `valid_context` is the range of sequence lengths that agree with the source.
     `always_long_rope`: the runtime has LongRoPE's long factors at every length; the gate compares
-    with a source that has them too.
+    with a source that has them too. `properties` are what the engine has to be loaded with.
     """
 
     engine: str
@@ -36,6 +36,7 @@ class RuntimeNeeds:
     valid_context: tuple[int, int]
     notes: tuple[str, ...] = ()
     always_long_rope: bool = False
+    properties: Mapping[str, str] = field(default_factory=dict)
 
 
 class Session(Protocol):
@@ -65,6 +66,7 @@ class Format(Protocol):
     RECIPE: type[Recipe]
     PACKAGES: tuple[str, ...]  # whose versions the manifest records
     HOLDS: frozenset[Special]  # what of a decoder it can hold, beside what Phi-3 has
+    REASONS: Mapping[Special, str]  # why it cannot hold something, where there is more to say
 
     def check_shape(self, recipe: Recipe, decoder: Decoder) -> None:
         """PlanError when the recipe cannot hold this architecture (block sizes, features)."""
@@ -101,8 +103,11 @@ class Format(Protocol):
     def dequantize(self, folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[Any]]]:
         """Read the artifact back with the format's own reader: (checkpoint name, float32)."""
 
-    def open_session(self, folder: Path) -> Session:
-        """Open the artifact in its own runtime; MissingExtraError when that is not installed."""
+    def open_session(self, folder: Path, **properties: str) -> Session:
+        """Open the artifact in its own runtime; MissingExtraError when that is not installed.
+
+        `properties` are those of its RuntimeNeeds; a format that never has any takes none.
+        """
 
 
 class Exporter(Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint, to_float32
-from toolkit.decoder import Decoder, Parts, Rope
+from toolkit.decoder import MASKED_LOGIT, BlockSparse, Decoder, Parts, Rope
 from toolkit.quality.routing import route
 
 Array = NDArray[np.float32]
@@ -25,6 +25,7 @@ PIECE_WEIGHTS = 1 << 22
 QUERY_ROWS = 16
 # Tokens whose gates are computed at once: the temporary arrays stay small beside the activations.
 GATED_ROWS = 256
+QUICK_GELU = 1.702  # gate x sigmoid(QUICK_GELU x gate)
 
 
 class Weights(Protocol):
@@ -69,10 +70,17 @@ def final_states_of(
     for ids in sequences:
         check_ids(decoder, ids)
     rotation = rotary_tables(decoder.rope, len(sequences[0]))
-    hidden = np.stack([weights.look_up(decoder.names.embedding, ids) for ids in sequences])
+    hidden = np.stack([embed(weights, decoder, ids) for ids in sequences])
     for layer in range(decoder.layers):
         hidden = run_layer(weights, decoder, layer, hidden, rotation)
     return norm(weights, decoder, decoder.names.final_norm, hidden)
+
+
+def embed(weights: Weights, decoder: Decoder, ids: Sequence[int]) -> Array:
+    """What the first layer is given: float32 [len(ids), hidden]."""
+    found = weights.look_up(decoder.names.embedding, ids)
+    found *= np.float32(decoder.embedding_scale)
+    return found
 
 
 def run_layer(
@@ -87,7 +95,7 @@ def run_layer(
     states = hidden.reshape(-1, shape[-1])
     normed = norm(weights, decoder, names.attention_norm.format(layer), states)
     (fused,) = project_parts(weights, decoder, normed, decoder.qkv(layer))
-    mixed = _mix(decoder, fused.reshape(*shape[:2], -1), rotation)
+    mixed = _mix(decoder, layer, fused.reshape(*shape[:2], -1), rotation)
     states = states + project(weights, decoder, names.attention_out.format(layer), mixed)
     normed = norm(weights, decoder, names.mlp_norm.format(layer), states)
     answer = run_experts if decoder.experts else run_mlp
@@ -99,7 +107,8 @@ def run_mlp(
 ) -> Array:
     """The gated MLP of a layer, or one of its experts: [n, hidden] to the same shape."""
     parts = decoder.gate(layer, expert), decoder.up(layer, expert)
-    gated = apply_gate(*project_parts(weights, decoder, normed, *parts))
+    gate, up = project_parts(weights, decoder, normed, *parts)
+    gated = apply_gate(gate, up, decoder.gegelu_limit)
     return project(weights, decoder, decoder.down(layer, expert), gated)
 
 
@@ -118,10 +127,15 @@ def run_experts(weights: Weights, decoder: Decoder, layer: int, normed: Array) -
 
 
 def project(weights: Weights, decoder: Decoder, name: str, inputs: Array) -> Array:
-    """Multiply [n, in] with a matrix [out, in] and add its bias, if any: [n, out]."""
+    """Multiply [n, in] with a matrix [out, in] and add its bias, if any: [n, out].
+
+    Of the head, tokens that are never said get MASKED_LOGIT besides.
+    """
     outputs = weights.project(name, inputs)
     if bias := decoder.bias_of(name):
         outputs += weights.read(bias)
+    if name == decoder.head_name and decoder.masked_tokens:
+        outputs[:, decoder.masked_tokens] += np.float32(MASKED_LOGIT)
     return outputs
 
 
@@ -170,13 +184,16 @@ def rotary_tables(rope: Rope, length: int) -> tuple[Array, Array]:
 
 
 def norm(weights: Weights, decoder: Decoder, name: str, hidden: Array) -> Array:
-    """The decoder's kind of norm over the last axis."""
+    """The decoder's kind of norm over the last axis; the last one times the logits' scale."""
     weight, epsilon = weights.read(name), decoder.norm_epsilon
     if decoder.norm == "rms":
-        return normalize(weight, hidden, epsilon)
-    centred = hidden - hidden.mean(axis=-1, keepdims=True)
-    normed = normalize(weight, centred, epsilon)
-    normed += weights.read(decoder.bias_of(name))
+        normed = normalize(weight, hidden, epsilon)
+    else:
+        centred = hidden - hidden.mean(axis=-1, keepdims=True)
+        normed = normalize(weight, centred, epsilon)
+        normed += weights.read(decoder.bias_of(name))
+    if name == decoder.names.final_norm:
+        normed *= np.float32(decoder.logit_scale)
     return normed
 
 
@@ -188,38 +205,50 @@ def normalize(weight: Array, hidden: Array, epsilon: float) -> Array:
     return normed
 
 
-def apply_gate(gate: Array, up: Array) -> Array:
-    """SiLU of the gate by up, each [n, intermediate]: the same shape."""
+def apply_gate(gate: Array, up: Array, gegelu_limit: float | None = None) -> Array:
+    """SiLU of the gate by up, or gegelu of both, each [n, intermediate]: the same shape."""
     gated = np.empty(gate.shape, np.float32)
     for start in range(0, len(gate), GATED_ROWS):
         rows = slice(start, start + GATED_ROWS)
-        np.multiply(silu(gate[rows]), up[rows], out=gated[rows])
+        gated[rows] = _gate_rows(gate[rows], up[rows], gegelu_limit)
     return gated
 
 
-def _mix(decoder: Decoder, fused: Array, rotation: tuple[Array, Array]) -> Array:
+def _gate_rows(gate: Array, up: Array, gegelu_limit: float | None) -> Array:
+    if gegelu_limit is None:
+        return silu(gate) * up
+    steep = np.float32(QUICK_GELU)
+    gelu: Array = silu(np.minimum(gate, np.float32(gegelu_limit)) * steep) / steep
+    return gelu * (np.clip(up, -np.float32(gegelu_limit), np.float32(gegelu_limit)) + 1)
+
+
+def _mix(decoder: Decoder, layer: int, fused: Array, rotation: tuple[Array, Array]) -> Array:
     """Attention of each text by itself: [texts, n, qkv_rows] to [texts * n, heads * head_dim]."""
     texts, length, _ = fused.shape
     heads, kv_heads = decoder.heads, decoder.kv_heads
     mixed = np.empty((texts, length, heads, decoder.head_dim), np.float32)
     for text, states in enumerate(fused.reshape(texts, length, -1, decoder.head_dim)):
         queries, keys, values = np.split(states, [heads, heads + kv_heads], axis=1)
-        mixed[text] = attend(
-            rotate(queries, rotation), rotate(keys, rotation), values, decoder.window
-        )
+        queries = rotate(queries, rotation) * np.float32(decoder.score_scale)
+        keys = rotate(keys, rotation)
+        sparse = decoder.sparse_of(layer)
+        mixed[text] = attend(queries, keys, values, decoder.window, sparse)
     return mixed.reshape(texts * length, -1)
 
 
-def attend(queries: Array, keys: Array, values: Array, window: int | None) -> Array:
+def attend(
+    queries: Array, keys: Array, values: Array, window: int | None,
+    sparse: BlockSparse | None = None,
+) -> Array:  # fmt: skip
     """Causal attention: [n, heads, d] over [n, kv_heads, d] twice; returns [n, heads, d].
 
-    Query i sees key j when i - window < j <= i, as in transformers' sliding window mask.
+    Queries are scaled already. Query i sees key j when i - window < j <= i, as in transformers'
+    sliding window mask, and when `sparse` lets its block.
     """
     length, heads, width = queries.shape
     kv_heads = keys.shape[1]
     # Heads first: [kv_heads, heads that share a key, n, d].
-    queries = (queries * np.float32(width**-0.5)).transpose(1, 0, 2)
-    queries = queries.reshape(kv_heads, heads // kv_heads, length, width)
+    queries = queries.transpose(1, 0, 2).reshape(kv_heads, heads // kv_heads, length, width)
     keys, values = keys.transpose(1, 2, 0)[:, None], values.transpose(1, 0, 2)[:, None]
     out = np.empty((length, kv_heads, heads // kv_heads, width), np.float32)
     for start in range(0, length, QUERY_ROWS):
@@ -227,6 +256,8 @@ def attend(queries: Array, keys: Array, values: Array, window: int | None) -> Ar
         first = 0 if window is None else max(0, start - window + 1)
         scores = queries[:, :, start:stop] @ keys[..., first:stop]
         mask_hidden(scores, start - first, window)
+        if sparse is not None:
+            mask_blocks(scores, start, first, sparse)
         mixed = softmax(scores) @ values[:, :, first:stop]
         out[start:stop] = mixed.transpose(2, 0, 1, 3)
     return out.reshape(length, heads, width)
@@ -240,6 +271,18 @@ def mask_hidden(scores: Array, offset: int, window: int | None) -> None:
     if window is not None:
         hidden |= key <= query - window
     scores[..., hidden] = -np.inf
+
+
+def mask_blocks(scores: Array, query: int, key: int, sparse: BlockSparse) -> None:
+    """Set to -inf, in place, what [kv_heads, heads that share, queries, keys] must not see.
+
+    The first query is at position `query`, the first key at `key`.
+    """
+    groups, shared, queries, keys = scores.shape
+    query_blocks = (np.arange(queries)[:, None] + query) // sparse.block
+    key_blocks = (np.arange(keys) + key) // sparse.block
+    shifts = np.array(sparse.shifts).reshape(groups, shared, 1, 1)
+    scores[~sparse.sees(query_blocks, key_blocks, shifts)] = -np.inf
 
 
 def softmax(scores: Array) -> Array:

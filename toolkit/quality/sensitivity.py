@@ -134,8 +134,10 @@ class _Pass:
         self.tokens = ids.size
         self.rotation = reference.rotary_tables(decoder.rope, ids.shape[1])
         name = decoder.names.embedding
-        own = self.source.look_up(name, ids.reshape(-1).tolist()).reshape(*ids.shape, -1)
-        self.whole = replaced.read(name)[ids]
+        own, self.whole = (
+            reference.embed(weights, decoder, ids.reshape(-1).tolist()).reshape(*ids.shape, -1)
+            for weights in (self.source, replaced)
+        )
         variants = 2 + len(decoder.layer_matrices(0)) * decoder.layers
         self.hidden = np.empty((variants, *own.shape), np.float32)
         self.hidden[:2] = own, self.whole

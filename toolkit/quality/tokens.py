@@ -1,5 +1,6 @@
 """Token ids: the artifact's tokenizer must give exactly what the source tokenizer gives."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from tokenizers import Tokenizer
 
 from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.ranks import RANKS_FILE
 from toolkit.errors import CheckpointError
 
 PLAIN_PROBES = (
@@ -74,13 +76,15 @@ class Mismatch:
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Read tokenizer.json; CheckpointError when it is missing or damaged."""
+    """Read tokenizer.json, or what stands for it; CheckpointError when it is missing or damaged."""
     path = checkpoint.folder / "tokenizer.json"
+    if made := checkpoint.made_tokenizer:
+        return Tokenizer.from_str(json.dumps(made))
     if not path.is_file():
         has_model = (checkpoint.folder / "tokenizer.model").is_file()
         found = "only tokenizer.model" if has_model else "no tokenizer"
         raise CheckpointError(
-            f"{path}: missing; found {found}",
+            f"{path}: missing; found {found}, and no {RANKS_FILE} to make it of",
             advice="make it with transformers: "
             "AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)",
         )

@@ -39,7 +39,9 @@ def loading(artifact: Path, settings: Settings) -> Iterator[Loaded]:
     check_memory(manifest)
     started_s = time.monotonic()
     try:
-        model = engine.load(artifact, manifest.main_file, manifest.provider, settings)
+        model = engine.load(
+            artifact, manifest.main_file, manifest.provider, settings, **manifest.properties
+        )
     except Failure as failure:
         raise explain_age(failure, engine.PACKAGE, manifest.version) from None
     except (AttributeError, ImportError, TypeError) as error:  # an interface of another version

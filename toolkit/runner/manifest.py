@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .failure import Failure
@@ -23,7 +23,8 @@ class Chat:
 class Manifest:
     """What an artifact asks of its runner; `valid_context` is inclusive, in tokens.
 
-    `version` is the one of the engine's package that the artifact was checked with.
+    `version` is the one of the engine's package that the artifact was checked with; `properties`
+    are what the engine has to be loaded with, most often nothing.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Manifest:
     valid_context: tuple[int, int]
     device_memory_bytes: int
     chat: Chat
+    properties: dict[str, str] = field(default_factory=dict)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -59,6 +61,7 @@ def read_manifest(folder: Path) -> Manifest:
                 stop_ids=tuple(chat["stop_ids"]),
                 bos_id=chat.get("bos_id"),
             ),
+            properties={str(k): str(v) for k, v in runtime.get("properties", {}).items()},
         )
     except FileNotFoundError:
         raise Failure("artifact", f"{path}: not found: this folder is no artifact") from None

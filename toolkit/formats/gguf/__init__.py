@@ -1,6 +1,6 @@
 """GGUF for llama.cpp: Q4_0, Q8_0, Q4_K_M, Q5_K_M, Q6_K, F16, BF16."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,9 @@ from toolkit.stream import DataFile
 RECIPE = GgufRecipe
 HEADER_BYTES = 250_000  # of 40 layers, rounded up
 HOLDS: frozenset[Special] = frozenset()
+REASONS: Mapping[Special, str] = {
+    "block-sparse attention": "llama.cpp has no such attention",
+}
 PACKAGES = ("gguf", "sentencepiece", "xllamacpp")
 CONTEXT_MULTIPLE = 256  # llama.cpp rounds the context up to it
 CACHE_BYTES = 2  # keys and values in float16

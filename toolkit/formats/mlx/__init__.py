@@ -1,8 +1,7 @@
 """MLX for mlx-lm: 2 to 8 bits, mixed precision by layer, or bf16, fp16, fp32; on Macs and Linux."""
 
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +22,9 @@ from toolkit.stream import DataFile
 RECIPE = MlxRecipe
 CONFIG_BYTES = 150_000  # of 40 layers, rounded up
 HOLDS: frozenset[Special] = frozenset()
+REASONS: Mapping[Special, str] = {
+    "block-sparse attention": "mlx-lm's phi3small computes another model than the published one",
+}
 PACKAGES = ("mlx", "mlx-lm")
 # Resident beside weights and cache: 90 MB with the example; 0.6 GB in the gate with the shape of
 # Phi-3-mini, on a CPU, where scales become float32.
@@ -90,8 +92,7 @@ def write_rest(
     _write_json(folder / "model.safetensors.index.json", layout.make_index(recipe, decoder))
     _write_json(folder / "config.json", config.make_config(recipe, decoder, checkpoint))
     _write_json(folder / "generation_config.json", config.make_generation(checkpoint))
-    for path in checkpoint.tokenizer_files():
-        shutil.copyfile(path, folder / path.name)
+    checkpoint.write_tokenizer(folder)
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -1,8 +1,7 @@
 """ONNX for onnxruntime-genai: int4 (MatMulNBits), fp16, fp32; for CPU, CUDA and phones."""
 
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +10,10 @@ from numpy.typing import NDArray
 
 from toolkit import __version__
 from toolkit.checkpoint import Checkpoint
-from toolkit.decoder import Decoder, Special
+from toolkit.decoder import BlockSparse, Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.onnx import genai, graph, layout, reader, schemes
+from toolkit.formats.onnx import genai, graph, layout, reader, schemes, sparse
 from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.formats.onnx.session import OnnxSession
 from toolkit.recipe import Recipe
@@ -22,7 +21,11 @@ from toolkit.stream import DataFile
 
 RECIPE = OnnxRecipe
 GRAPH_BYTES = 350_000  # of 40 layers, or 32 with experts, rounded up
-HOLDS: frozenset[Special] = frozenset(("layer norms", "biases", "split projections", "experts"))
+HOLDS: frozenset[Special] = frozenset(
+    ("layer norms", "biases", "split projections", "experts", "block-sparse attention", "gegelu",
+     "multipliers", "masked tokens")
+)  # fmt: skip
+REASONS: Mapping[Special, str] = {}
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-genai")
 ROTARY_MULTIPLE = 16  # GroupQueryAttention takes cos tables whose width is a multiple of 8
 OVERHEAD_BYTES = {"cpu": 250_000_000, "cuda": 900_000_000}
@@ -35,6 +38,8 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     schemes.check_schemes(recipe, decoder)
     if decoder.experts:
         _check_experts(recipe)
+    if decoder.sparse:
+        _check_sparse(recipe, decoder.sparse)
     head, io_dtype = recipe.quantization.head, recipe.io_dtype
     if recipe.linear_bits and head in layout.FLOATS and layout.FLOATS[head] != io_dtype:
         raise PlanError(
@@ -45,6 +50,21 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
         raise PlanError(
             f"{recipe.name}: onnxruntime takes rotary widths that are multiples of "
             f"{ROTARY_MULTIPLE}; this model has {decoder.rope.rotary_dim}"
+        )
+
+
+def _check_sparse(recipe: OnnxRecipe, pattern: BlockSparse) -> None:
+    """PlanError for what SparseAttention does not compute."""
+    if recipe.provider != "cpu" or recipe.io_dtype != "float32":
+        raise PlanError(
+            f"{recipe.name}: provider {recipe.provider}, {recipe.io_dtype}: this model's "
+            "block-sparse attention is proven on CPUs in float32 only; allowed provider cpu with "
+            "int4 or fp32"
+        )
+    if pattern.block % sparse.BLOCK_MULTIPLE:
+        raise PlanError(
+            f"{recipe.name}: onnxruntime takes blocks of attention that are multiples of "
+            f"{sparse.BLOCK_MULTIPLE} tokens; this model has {pattern.block}"
         )
 
 
@@ -132,8 +152,7 @@ def write_rest(
     (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
     config = genai.make_config(recipe, decoder, checkpoint, context_length)
     (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in checkpoint.tokenizer_files():
-        shutil.copyfile(path, folder / path.name)
+    checkpoint.write_tokenizer(folder)
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -13,7 +13,7 @@ from toolkit.quantize.grids import Grid
 from toolkit.quantize.kernels import Codes, Floats, pack
 from toolkit.stream import write_rows
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4}
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,15 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Plain:
-    """Rows as they are, in another float type; bfloat16 takes bfloat16 only, to lose nothing."""
+    """Rows times a factor in another float type; bfloat16 takes bfloat16 only, to lose nothing."""
 
     dtype: str
+    factor: float = 1.0
 
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
         """Convert rows and write them in place."""
+        if self.factor != 1:
+            raw = to_float32(raw) * np.float32(self.factor)
         write_rows(descriptor, _convert(raw, self.dtype), row, offsets[0])
 
 

@@ -4,18 +4,18 @@ Source: the operators' contracts in onnxruntime/docs/ContribOperators.md, and th
 onnxruntime_genai.models.builder writes.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from toolkit.decoder import Decoder, Experts
 from toolkit.errors import require
-from toolkit.formats.onnx import routing
+from toolkit.formats.onnx import routing, sparse
 from toolkit.formats.onnx.layout import DATA_FILE, EMBEDDING, Layout, Stored, rope_rows
 
 MICROSOFT = "com.microsoft"
 IR_VERSION = 10
 OPSET = 21
+QUICK_GELU = 1.702  # gate x sigmoid(QUICK_GELU x gate)
 
 
 def make_model(layout: Layout, producer: str) -> Any:
@@ -44,7 +44,7 @@ class _Graph:
     layout: Layout
     nodes: list[Any] = field(default_factory=list)
     constants: dict[tuple[int, ...], str] = field(default_factory=dict)
-    numbers: dict[float, str] = field(default_factory=dict)
+    numbers: dict[tuple[float, str], str] = field(default_factory=dict)
 
     @property
     def decoder(self) -> Decoder:
@@ -80,14 +80,19 @@ class _Graph:
             self.constants[key] = name
         return self.constants[key]
 
-    def number(self, value: float) -> str:
-        """A float32 scalar."""
-        if value not in self.numbers:
-            name = f"/constants/number/{value}"
-            tensor = self.onnx.helper.make_tensor("", self.elem("float32"), [], [value])
+    def number(self, value: float, dtype: str = "float32") -> str:
+        """A float scalar."""
+        key = (value, dtype)
+        if key not in self.numbers:
+            name = f"/constants/number/{'' if dtype == 'float32' else f'{dtype}/'}{value}"
+            tensor = self.onnx.helper.make_tensor("", self.elem(dtype), [], [value])
             self.nodes.append(self.onnx.helper.make_node("Constant", [], [name], value=tensor))
-            self.numbers[value] = name
-        return self.numbers[value]
+            self.numbers[key] = name
+        return self.numbers[key]
+
+    def active(self, value: float) -> str:
+        """A scalar of the activations' type."""
+        return self.number(value, self.layout.recipe.io_dtype)
 
 
 ONNX_NAMES = {
@@ -104,7 +109,7 @@ def _add_decoder(graph: _Graph) -> None:
     decoder = graph.decoder
     lengths = _add_lengths(graph)
     cos, sin = _add_rope(graph, lengths.total_int64)
-    residual = _add_embedding(graph)
+    residual = _scale_embedding(graph, _add_embedding(graph))
     branch = ""
     for layer in range(decoder.layers):
         prefix = f"model.layers.{layer}"
@@ -121,11 +126,15 @@ def _add_decoder(graph: _Graph) -> None:
 
 @dataclass(frozen=True)
 class _Lengths:
-    """What attention needs of the mask: int32 last positions, int32 and int64 total length."""
+    """What attention needs of the mask: int32 last positions, int32 and int64 total length.
+
+    `counts`, int32, are the lengths of all sequences, where there is sparse attention.
+    """
 
     last_positions: str
     total: str
     total_int64: str
+    counts: str
 
 
 def _add_lengths(graph: _Graph) -> _Lengths:
@@ -135,10 +144,14 @@ def _add_lengths(graph: _Graph) -> _Lengths:
     shape = graph.add("Shape", ["attention_mask"], "/mask/shape")
     total = graph.add("Gather", [shape, graph.integers(1, scalar=True)], "/mask/total", axis=0)
     int32 = graph.elem("int32")
+    counts = ""
+    if graph.decoder.sparse:
+        counts = graph.add("Cast", [count], "/mask/count_int32", to=int32)
     return _Lengths(
         graph.add("Cast", [last], "/mask/last_int32", to=int32),
         graph.add("Cast", [total], "/mask/total_int32", to=int32),
         total,
+        counts,
     )
 
 
@@ -175,6 +188,12 @@ def _add_embedding(graph: _Graph) -> str:
     if stored[EMBEDDING].dtype == recipe.io_dtype:
         return rows
     return graph.add("Cast", [rows], "/embed/cast", to=graph.elem(recipe.io_dtype))
+
+
+def _scale_embedding(graph: _Graph, rows: str) -> str:
+    if graph.decoder.embedding_scale == 1:
+        return rows
+    return graph.add("Mul", [rows, graph.active(graph.decoder.embedding_scale)], "/embed/scaled")
 
 
 def _add_norm(graph: _Graph, name: str, residual: str, branch: str) -> tuple[str, str]:
@@ -226,19 +245,23 @@ def _add_attention(
 ) -> str:
     decoder, prefix = graph.decoder, f"model.layers.{layer}.attn"
     qkv = _add_linear(graph, f"{prefix}.qkv_proj", value)
-    node = f"/model/layers/{layer}/attn/gqa"
     past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
     present = [f"present.{layer}.{part}" for part in ("key", "value")]
+    op, inputs = "GroupQueryAttention", [lengths.last_positions, lengths.total]
+    node, own = f"/{prefix.replace('.', '/')}/gqa", {"local_window_size": decoder.window or -1}
+    if pattern := decoder.sparse_of(layer):
+        op, inputs = "SparseAttention", [sparse.ROWS, sparse.COLUMNS, lengths.total, lengths.counts]
+        node, own = f"/{prefix.replace('.', '/')}/sparse", {"sparse_block_size": pattern.block}
     attended = graph.add_many(
-        "GroupQueryAttention",
-        [qkv, "", "", *past, lengths.last_positions, lengths.total, cos, sin],
+        op,
+        [qkv, "", "", *past, *inputs, cos, sin],
         node,
         [f"{node}/output", *present],
         MICROSOFT,
         num_heads=decoder.heads,
         kv_num_heads=decoder.kv_heads,
-        scale=1 / math.sqrt(decoder.head_dim),
-        local_window_size=decoder.window or -1,
+        scale=decoder.score_scale,
+        **own,
         do_rotary=1,
         rotary_interleaved=0,
     )
@@ -249,9 +272,7 @@ def _add_mlp(graph: _Graph, prefix: str, value: str) -> str:
     node = f"/{prefix.replace('.', '/')}"
     gate = _add_linear(graph, f"{prefix}.gate_proj", value)
     up = _add_linear(graph, f"{prefix}.up_proj", value)
-    sigmoid = graph.add("Sigmoid", [gate], f"{node}/sigmoid")
-    silu = graph.add("Mul", [gate, sigmoid], f"{node}/silu")
-    gated = graph.add("Mul", [silu, up], f"{node}/gated")
+    gated = _add_gate(graph, node, gate, up)
     return _add_linear(graph, f"{prefix}.down_proj", gated)
 
 
@@ -270,6 +291,21 @@ def _add_experts(graph: _Graph, prefix: str, value: str, experts: Experts) -> st
         graph, f"{node}/experts", value, weights, prefix, experts, bits,
         recipe.quantization.block_size, recipe.accuracy_level,
     )  # fmt: skip
+
+
+def _add_gate(graph: _Graph, node: str, gate: str, up: str) -> str:
+    """SiLU of the gate by up, or gegelu."""
+    limit = graph.decoder.gegelu_limit
+    if limit is None:
+        sigmoid = graph.add("Sigmoid", [gate], f"{node}/sigmoid")
+        silu = graph.add("Mul", [gate, sigmoid], f"{node}/silu")
+        return graph.add("Mul", [silu, up], f"{node}/gated")
+    most, least = graph.active(limit), graph.active(-limit)
+    low = graph.add("Min", [gate, most], f"{node}/limited_gate")
+    gelu = graph.add("QuickGelu", [low], f"{node}/gelu", MICROSOFT, alpha=QUICK_GELU)
+    near = graph.add("Clip", [up, least, most], f"{node}/limited_up")
+    shifted = graph.add("Add", [near, graph.active(1.0)], f"{node}/shifted")
+    return graph.add("Mul", [gelu, shifted], f"{node}/gated")
 
 
 def _inputs(graph: _Graph) -> list[Any]:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.decoder import Decoder, Experts, Parts, Rope, Rows, name_bias
+from toolkit.decoder import MASKED_LOGIT, Decoder, Experts, Parts, Rope, Rows, name_bias
 from toolkit.formats.onnx.encoders import ITEM_BYTES, Blocks, Picked, Plain, Transposed
 from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.formats.onnx.schemes import Schemes, choose_schemes
+from toolkit.formats.onnx.sparse import COLUMNS, ROWS, make_tables
 from toolkit.stream import Constant, DataFile, Encoder, Piece
 
 DATA_FILE = "model.onnx.data"
@@ -63,18 +64,20 @@ class Layout:
         self.end = offset + nbytes
         return offset
 
-    def add_plain(self, name: str, source: str, dtype: str) -> None:
-        """A tensor stored row by row in a float type."""
+    def add_plain(self, name: str, source: str, dtype: str, factor: float = 1.0) -> None:
+        """A tensor, times a factor, stored row by row in a float type."""
         shape = self.decoder.shapes()[source]
         offset = self.place(name, dtype, shape)
         whole = Rows(source, 0, prod(shape[:-1]))
-        self._fill((whole,), shape[-1], Plain(dtype), (offset,))
+        self._fill((whole,), shape[-1], Plain(dtype, factor), (offset,))
 
     def add_norm(self, name: str, source: str) -> None:
-        """A norm's weight and, if any, bias."""
-        self.add_plain(f"{name}.weight", source, self.recipe.io_dtype)
+        """A norm's weight and, if any, bias; the last one's times the logits' scale."""
+        is_last = source == self.decoder.names.final_norm
+        factor = self.decoder.logit_scale if is_last else 1.0
+        self.add_plain(f"{name}.weight", source, self.recipe.io_dtype, factor)
         if bias := self.decoder.bias_of(source):
-            self.add_plain(f"{name}.bias", bias, self.recipe.io_dtype)
+            self.add_plain(f"{name}.bias", bias, self.recipe.io_dtype, factor)
 
     def add_linear(self, name: str, parts: Parts) -> None:
         """An [out, in] matrix put together of rows, and its bias, if any.
@@ -183,7 +186,21 @@ def lay_out(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> Layout
         _add_layer(layout, layer)
     layout.add_norm("model.norm", names.final_norm)
     _add_head(layout)
+    if decoder.masked_tokens:
+        make = partial(_mask_tokens, decoder, recipe.io_dtype)
+        layout.add_computed("lm_head.bias", recipe.io_dtype, (decoder.vocab,), make)
+    if decoder.sparse:
+        tables = make_tables(decoder.sparse, context_length)
+        for name, table in ((ROWS, tables.rows), (COLUMNS, tables.columns)):
+            layout.add_computed(name, "int32", table.shape, partial(np.copy, table))
     return layout
+
+
+def _mask_tokens(decoder: Decoder, dtype: str) -> NDArray[Any]:
+    """What is added to the logits: nothing, but for tokens that are never said."""
+    bias = np.zeros(decoder.vocab, dtype)
+    bias[list(decoder.masked_tokens)] = MASKED_LOGIT
+    return bias
 
 
 def _add_embedding(layout: Layout) -> None:

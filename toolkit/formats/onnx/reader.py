@@ -79,10 +79,12 @@ class _Weights:
         return self._blocks(node, *node.input[1:4])
 
     def norm(self, name: str, source: str, decoder: Decoder) -> Tensors:
-        """A norm's weight and, if any, bias."""
-        yield source, self.plain(f"{name}.weight")
+        """A norm's weight and, if any, bias; the last one's without the logits' scale."""
+        is_last = source == decoder.names.final_norm
+        factor = np.float32(decoder.logit_scale if is_last else 1.0)
+        yield source, self.plain(f"{name}.weight") / factor
         if bias := decoder.bias_of(source):
-            yield bias, self.plain(f"{name}.bias")
+            yield bias, self.plain(f"{name}.bias") / factor
 
     def linears(self, nodes: Sequence[tuple[str, Parts]], decoder: Decoder) -> Tensors:
         """The checkpoint's matrices, and their biases, that these nodes have rows of."""

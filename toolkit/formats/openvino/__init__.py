@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.openvino import graph, reader
+from toolkit.formats.openvino import graph, reader, sparse
 from toolkit.formats.openvino.layout import MAIN_FILE, list_stacks
 from toolkit.formats.openvino.recipe import OpenvinoRecipe
 from toolkit.formats.openvino.session import OpenvinoSession
@@ -24,7 +24,11 @@ from toolkit.stream import DataFile
 
 RECIPE = OpenvinoRecipe
 NETWORK_BYTES = 1_500_000  # of 40 layers, rounded up
-HOLDS: frozenset[Special] = frozenset(("layer norms", "biases", "split projections", "experts"))
+HOLDS: frozenset[Special] = frozenset(
+    ("layer norms", "biases", "split projections", "experts", "block-sparse attention", "gegelu",
+     "multipliers", "masked tokens")
+)  # fmt: skip
+REASONS: Mapping[Special, str] = {}
 PACKAGES = ("openvino", "openvino-genai", "openvino-tokenizers", "transformers")
 GROUP_SIZES = (32, 64, 128)
 NPU_GROUP_SIZES = (-1, 128)
@@ -43,7 +47,7 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     _check_stacks(recipe, decoder)
     _check_tied(recipe, decoder)
     if recipe.provider == "npu":
-        _check_npu(recipe)
+        _check_npu(recipe, decoder)
 
 
 def _check_groups(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
@@ -82,8 +86,13 @@ def _check_tied(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
         )
 
 
-def _check_npu(recipe: OpenvinoRecipe) -> None:
+def _check_npu(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
     quantization = recipe.quantization
+    if decoder.sparse:
+        raise PlanError(
+            f"{recipe.name}: provider: got npu; this model's block-sparse attention needs the "
+            "attention of OpenVINO that takes masks, which NPUs do not offer; allowed cpu, gpu"
+        )
     for key, kinds in (
         ("precision", (quantization.precision,)),
         ("overrides", quantization.overrides.values()),
@@ -132,15 +141,23 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
             "runner computes the whole sequence anew there, once; a program that shares cached "
             "keys among prompts (openvino-genai's prefix caching, its default) leaves the source"
         )
+    properties, mask_bytes = {}, 0
+    if decoder.sparse:
+        properties, mask_bytes = sparse.PROPERTIES, sparse.count_mask_bytes(decoder, context_length)
+        notes.append(
+            "block-sparse attention: the runner pins ATTENTION_BACKEND=SDPA; another program has "
+            "to do the same, for openvino-genai's default drops the pattern silently"
+        )
     return RuntimeNeeds(
         engine="openvino_genai",
         provider=recipe.provider,
         package="openvino-genai",
         main_file=MAIN_FILE,
         kv_bytes_per_token=decoder.kv_bytes_per_token(CACHE_BYTES),
-        overhead_bytes=OVERHEAD_BYTES,
+        overhead_bytes=OVERHEAD_BYTES + mask_bytes,
         valid_context=(1, context_length),
         notes=tuple(notes),
+        properties=properties,
     )
 
 
@@ -161,13 +178,12 @@ def write_rest(
     """Write the network, tokenizer and detokenizer, configurations, the tokenizer's own files."""
     del context_length
     graph.make_network(cast(OpenvinoRecipe, recipe), decoder).write(folder / MAIN_FILE)
+    checkpoint.write_tokenizer(folder)
     write_tokenizer(checkpoint, folder)
     shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
     generation = {**checkpoint.generation, "eos_token_id": list(checkpoint.stop_ids)}
     text = json.dumps(generation, indent=2) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
-    for path in checkpoint.tokenizer_files():
-        shutil.copyfile(path, folder / path.name)
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -175,6 +191,6 @@ def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np
     return reader.dequantize(folder, decoder)
 
 
-def open_session(folder: Path) -> OpenvinoSession:
+def open_session(folder: Path, **properties: str) -> OpenvinoSession:
     """Open the artifact in openvino-genai, on the CPU."""
-    return OpenvinoSession(folder)
+    return OpenvinoSession(folder, **properties)

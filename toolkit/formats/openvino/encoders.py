@@ -106,14 +106,18 @@ class Asymmetric:
 
 @dataclass(frozen=True)
 class Plain:
-    """Rows as they are, in float16 or float32."""
+    """Rows times a factor, in float16 or float32."""
 
     dtype: Literal["f16", "f32"]
+    factor: float = 1.0
 
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
         """Convert rows and write them in place."""
+        wide = to_float32(raw)
+        if self.factor != 1:
+            wide = wide * np.float32(self.factor)
         with np.errstate(over="ignore"):
-            converted: NDArray[Any] = to_float32(raw).astype(DTYPES[self.dtype], copy=False)
+            converted: NDArray[Any] = wide.astype(DTYPES[self.dtype], copy=False)
         if not np.isfinite(converted).all():
             raise ValueError(f"a weight is not finite (NaN, Inf or beyond {self.dtype})")
         write_rows(descriptor, converted, row, offsets[0])

@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from toolkit.decoder import Decoder, Experts, Parts, Rope, cut
+from toolkit.decoder import MASKED_LOGIT, Decoder, Experts, Parts, Rope, cut
 from toolkit.formats.openvino import layout as layouts
 from toolkit.formats.openvino.experts import Stacks, add_experts
 from toolkit.formats.openvino.layout import Layout, stack_names
 from toolkit.formats.openvino.network import Network, Value
 from toolkit.formats.openvino.recipe import OpenvinoRecipe
+from toolkit.formats.openvino.sparse import add_block_mask
 
 LAST = -1
 TO_END = (1 << 63) - 1
+QUICK_GELU = 1.702  # gate x sigmoid(QUICK_GELU x gate)
 MASKED = -65504.0  # the least float16: the mask may be computed in half precision
 
 
@@ -45,11 +47,12 @@ def _connect(recipe: OpenvinoRecipe, decoder: Decoder, layout: Layout) -> Networ
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What every layer needs: cos and sin, mask, an empty cache, the beam each row continues."""
+    """What every layer needs: cos and sin, masks, an empty cache, the beam each row continues."""
 
     cos: Value
     sin: Value
     mask: Value
+    block_mask: Value
     empty: Value
     beam: Value
 
@@ -72,9 +75,14 @@ class _Graph:
         embedding = self._matrix(names.embedding)
         rows = net.add("Convert", ids, dtype="i32", destination_type="i32")
         hidden = self._gather(embedding, rows, net.integer(0, "i32"))
+        if self.decoder.embedding_scale != 1:
+            hidden = net.add("Multiply", hidden, net.number(self.decoder.embedding_scale))
         cos, sin = _add_rotation(net, self.decoder.rope, positions)
         mask = _add_mask(net, ids, attention, self.decoder.window)
-        inputs = _Inputs(cos, sin, mask, self._empty_cache(ids), beam)
+        block_mask = mask
+        if sparse := self.decoder.sparse:
+            block_mask = add_block_mask(net, mask, ids, attention, sparse, MASKED)
+        inputs = _Inputs(cos, sin, mask, block_mask, self._empty_cache(ids), beam)
         for layer in range(self.decoder.layers):
             hidden = self._add_layer(layer, hidden, inputs)
         hidden = self._norm(hidden, names.final_norm)
@@ -82,11 +90,23 @@ class _Graph:
             logits = self._multiply(hidden, embedding)
         else:
             logits = self._linear(hidden, names.head)
+        if self.decoder.masked_tokens:
+            logits = net.add("Add", logits, self._mask_tokens())
         net.label(logits, "logits")
         net.add_many("Result", logits, outputs=0, name="logits")
         net.set_runtime_option("ACTIVATIONS_SCALE_FACTOR", "8.0")
         if quantization.precision == "f16":
             net.set_runtime_option("KV_CACHE_PRECISION", "f16")
+
+    def _mask_tokens(self) -> Value:
+        """float32 [vocabulary]: nothing, but for tokens that are never said."""
+        name, layout = "masked_tokens", self.net.layout
+        if name not in layout.stored:
+            bias = [0.0] * self.decoder.vocab
+            for token in self.decoder.masked_tokens:
+                bias[token] = MASKED_LOGIT
+            layout.add_values(name, "f32", (self.decoder.vocab,), tuple(bias))
+        return self.net.constant(name)
 
     def _parameter(self, name: str, dtype: str, shape: str) -> Value:
         value = self.net.add("Parameter", dtype=dtype, name=name, shape=shape, element_type=dtype)
@@ -119,9 +139,10 @@ class _Graph:
         query, key = self._rotate(query, inputs), self._rotate(key, inputs)
         keys = self._cache(layer, "key", key, inputs)
         values = self._cache(layer, "value", value, inputs)
+        mask = inputs.block_mask if decoder.sparse_of(layer) else inputs.mask
         attended = net.add(
-            "ScaledDotProductAttention", query, keys, values, inputs.mask,
-            net.number(width**-0.5), causal=False,
+            "ScaledDotProductAttention", query, keys, values, mask,
+            net.number(decoder.score_scale), causal=False,
         )  # fmt: skip
         rows = net.add("Transpose", attended, net.integers(0, 2, 1, 3))
         return net.add("Reshape", rows, net.integers(0, 0, heads * width), special_zero=True)
@@ -210,8 +231,17 @@ class _Graph:
             gate, up = net.add_many(
                 "VariadicSplit", gate_up, net.integer(LAST), net.integers(inner, inner), outputs=2
             )
-        gated = net.add("Multiply", up, net.add("Swish", gate))
-        return self._linear(gated, self.decoder.down(layer))
+        return self._linear(self._gate(gate, up), self.decoder.down(layer))
+
+    def _gate(self, gate: Value, up: Value) -> Value:
+        """SiLU of the gate by up, or gegelu."""
+        net, limit = self.net, self.decoder.gegelu_limit
+        if limit is None:
+            return net.add("Multiply", up, net.add("Swish", gate))
+        low = net.add("Minimum", gate, net.number(limit))
+        gelu = net.add("Swish", low, net.number(QUICK_GELU))
+        near = net.add("Clamp", up, min=str(-limit), max=str(limit))
+        return net.add("Multiply", gelu, net.add("Add", near, net.number(1.0)))
 
     def _norm(self, hidden: Value, name: str) -> Value:
         """The decoder's kind of norm with float32 weights."""

@@ -51,10 +51,10 @@ class Layout:
         """The data file this layout describes."""
         return DataFile(DATA_FILE, self.end, tuple(self.pieces), tuple(self.constants))
 
-    def add_plain(self, name: str, dtype: Literal["f16", "f32"]) -> None:
-        """A tensor of the checkpoint in a float type."""
+    def add_plain(self, name: str, dtype: Literal["f16", "f32"], factor: float = 1.0) -> None:
+        """A tensor of the checkpoint, times a factor, in a float type."""
         offset = self._place(name, dtype, self.shapes[name])
-        self._fill(name, Plain(dtype), offset)
+        self._fill(name, Plain(dtype, factor), offset)
 
     def add_stack(self, name: str, sources: Sequence[str], kind: Kind) -> None:
         """Matrices of one shape as one constant [sources, out, in]."""
@@ -129,12 +129,18 @@ def lay_out(recipe: OpenvinoRecipe, decoder: Decoder) -> Layout:
     for name, shape in decoder.shapes().items():
         kind = kinds.get(name) or quantization.precision
         if len(shape) == 1 or decoder.kind_of(name) == "router":
-            layout.add_plain(name, "f32")
+            layout.add_plain(name, "f32", factor_of(decoder, name))
         elif name not in stacks:
             layout.add_matrix(name, kind)
         elif stacks[name] not in layout.stored:
             layout.add_stack(stacks[name], sources[stacks[name]], kind)
     return layout
+
+
+def factor_of(decoder: Decoder, name: str) -> float:
+    """What a tensor is multiplied with: the last norm by the logits' scale."""
+    last = decoder.names.final_norm
+    return decoder.logit_scale if name in (last, decoder.bias_of(last)) else 1.0
 
 
 def list_stacks(decoder: Decoder) -> dict[str, tuple[str, ...]]:

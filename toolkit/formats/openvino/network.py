@@ -18,6 +18,7 @@ OPSETS = {
     **dict.fromkeys(("Add", "Divide", "Multiply", "Power", "Subtract"), 1),
     **dict.fromkeys(("Abs", "Exp", "Maximum", "Minimum", "ReduceSum"), 1),
     **dict.fromkeys(("Equal", "Greater", "GreaterEqual", "LessEqual", "LogicalOr", "Select"), 1),
+    **dict.fromkeys(("Clamp", "FloorMod", "Less"), 1),
     **dict.fromkeys(("Const", "Convert", "Parameter", "Result"), 1),
     **dict.fromkeys(("Cos", "MatMul", "ReduceMax", "ReduceMean", "Sin", "Sqrt"), 1),
     **dict.fromkeys(("Concat", "Reshape", "Tile", "Transpose", "Unsqueeze", "VariadicSplit"), 1),

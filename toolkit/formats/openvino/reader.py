@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from toolkit.decoder import Decoder
 from toolkit.errors import require
 from toolkit.formats.openvino.layout import MAIN_FILE as MAIN_FILE
-from toolkit.formats.openvino.layout import list_stacks
+from toolkit.formats.openvino.layout import factor_of, list_stacks
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -22,7 +22,8 @@ def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np
         for number, name in enumerate(names)
     }
     for name, shape in decoder.shapes().items():
-        yield name, decode(constants, *places.get(name, (name, None))).reshape(shape)
+        values = decode(constants, *places.get(name, (name, None))).reshape(shape)
+        yield name, values / np.float32(factor_of(decoder, name))
 
 
 def decode(constants: dict[str, Any], name: str, part: int | None = None) -> NDArray[np.float32]:

@@ -22,13 +22,17 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 
     CheckpointError when the tokenizer cannot be read or has something that they cannot express.
     """
-    if sum(path.stat().st_size for path in checkpoint.tokenizer_files()) < ALONE_FROM_BYTES:
-        _convert(checkpoint.folder, folder)
+    contents, source = checkpoint.tokenizer_contents(), checkpoint.folder
+    if checkpoint.made_tokenizer:
+        checkpoint.write_tokenizer(folder)
+        source = folder
+    if sum(map(len, contents.values())) < ALONE_FROM_BYTES:
+        _convert(source, folder)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
-            pool.submit(_convert, checkpoint.folder, folder).result()
+            pool.submit(_convert, source, folder).result()
         except BrokenProcessPool as error:
             raise BuildError(
                 "the process that converts the tokenizer was killed",

@@ -4,7 +4,8 @@ A module offers:
     PACKAGE, MODULE             what to install, and the module that must be importable
     PROVIDERS                   the providers it can be asked for
     OFFERED                     settings it takes: name -> allowed values, () for any
-    load(artifact_folder, main_file, provider, settings) -> Model
+    load(artifact_folder, main_file, provider, settings, **properties) -> Model
+                                properties are the manifest's; most engines take none
 and, where there is another way to the runtime than MODULE:
     import_runtime()            ImportError when the runtime cannot be reached in any way
 A Model offers:

@@ -7,9 +7,10 @@ Its GenerationConfig, made anew for each answer, has no top_k and no penalties u
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..failure import Failure
@@ -27,6 +28,8 @@ OFFERED: dict[str, tuple[int, ...]] = {
     "kv_bits": tuple(PRECISIONS),
     "batch_tokens": (),
 }
+BACKEND, PAGED = "ATTENTION_BACKEND", "PA"  # openvino-genai's property, and its default
+NOTHING: Mapping[str, str] = MappingProxyType({})
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how a piece of a character is decoded
 
 
@@ -36,14 +39,17 @@ class Model:
     # Paged attention keeps what it has computed in blocks of tokens, and does not say.
     reused_tokens = None
 
-    def __init__(self, genai: Any, folder: Path, provider: str, settings: Settings) -> None:
+    def __init__(
+        self, genai: Any, folder: Path, provider: str, settings: Settings, pinned: Mapping[str, str]
+    ) -> None:
         self._genai = genai
         self.version = str(genai.get_version())
         self.provider = provider
         try:
             self._switch = read_switch(folder / "config.json")
-            check_offered(f"{PACKAGE} on {provider}", settings, offer(provider, self._switch))
-            properties = choose_properties(provider, settings, self._switch)
+            offered = offer(provider, self._switch, pinned)
+            check_offered(f"{PACKAGE} on {provider}", settings, offered)
+            properties = choose_properties(provider, settings, self._switch, pinned)
             if settings.batch_tokens:
                 properties["scheduler_config"] = self._make_schedule(settings.batch_tokens)
             self._pipeline = genai.LLMPipeline(str(folder), PROVIDERS[provider], **properties)
@@ -127,23 +133,28 @@ class Model:
         return schedule
 
 
-def offer(provider: str, switch: int | None) -> dict[str, tuple[int, ...]]:
+def offer(
+    provider: str, switch: int | None, pinned: Mapping[str, str] = NOTHING
+) -> dict[str, tuple[int, ...]]:
     """Return which of OFFERED this provider has; without paged attention prompts go in whole."""
     without: set[str] = {"cpu": set(), "gpu": {"threads"}, "npu": set(OFFERED)}[provider]
-    if switch is not None:
+    if switch is not None or pinned.get(BACKEND, PAGED) != PAGED:
         without = without | {"batch_tokens"}
     return {name: values for name, values in OFFERED.items() if name not in without}
 
 
-def choose_properties(provider: str, settings: Settings, switch: int | None) -> dict[str, Any]:
-    """Return what the pipeline is made with; paged attention is not for LongRoPE.
+def choose_properties(
+    provider: str, settings: Settings, switch: int | None, pinned: Mapping[str, str] = NOTHING
+) -> dict[str, Any]:
+    """Return what the pipeline is made with; what the artifact pins counts before all else.
 
-    It keeps the keys of earlier prompts by their tokens alone, and would give a long sequence those
-    that were made with the short factors.
+    Paged attention is not for LongRoPE: it keeps the keys of earlier prompts by their tokens alone,
+    and would give a long sequence those that were made with the short factors.
     """
     if provider == "npu":
-        return {"MAX_PROMPT_LEN": settings.context_tokens}  # compiled for fixed lengths
-    properties: dict[str, Any] = {} if switch is None else {"ATTENTION_BACKEND": "SDPA"}
+        return {"MAX_PROMPT_LEN": settings.context_tokens, **pinned}  # compiled for fixed lengths
+    properties: dict[str, Any] = {} if switch is None else {BACKEND: "SDPA"}
+    properties |= pinned
     if settings.threads:
         properties["INFERENCE_NUM_THREADS"] = settings.threads
     if settings.kv_bits:
@@ -185,15 +196,20 @@ def _make_streamer(genai: Any, put: Put[int]) -> Any:
     return Streamer()
 
 
-def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Model:
-    """Load the folder of `main_file`; Failure when the provider's device is not there."""
+def load(
+    folder: Path, main_file: str, provider: str, settings: Settings, **properties: str
+) -> Model:
+    """Load the folder of `main_file`; Failure when the provider's device is not there.
+
+    `properties` go to the pipeline before all that the settings ask for.
+    """
     check_offered(PACKAGE, settings, OFFERED)
     import openvino
     import openvino_genai as genai  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     _check_provider(openvino.Core().available_devices, provider)
     folder = (folder / main_file).parent
-    return Model(genai, folder, provider, settings)
+    return Model(genai, folder, provider, settings, properties)
 
 
 def _check_provider(devices: Sequence[str], asked: str) -> None:
