@@ -156,7 +156,7 @@ def _check_architecture(recipe: Recipe, decoder: Decoder) -> None:
         lacking = [one for one in specials if one not in formats.get(recipe.format).HOLDS]
         raise PlanError(
             f"{recipe.name}: {recipe.format} cannot hold this model ({decoder.family}), for its "
-            f"{' and '.join(lacking)}; {' and '.join(able) or 'no format'} can"
+            f"{' and '.join(lacking)}; {', '.join(able) or 'no format'} can"
         )
     if specials and recipe.engine != "native":
         raise PlanError(
