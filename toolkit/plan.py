@@ -161,7 +161,7 @@ def _check_architecture(recipe: Recipe, decoder: Decoder) -> None:
         reasons = "".join(f" ({module.REASONS[one]})" for one in lacking if one in module.REASONS)
         raise PlanError(
             f"{recipe.name}: {recipe.format} cannot hold this model ({decoder.family}), for its "
-            f"{' and '.join(lacking)}{reasons}; {' and '.join(able) or 'no format'} can"
+            f"{' and '.join(lacking)}{reasons}; {', '.join(able) or 'no format'} can"
         )
     if specials and recipe.engine != "native":
         raise PlanError(

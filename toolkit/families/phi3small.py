@@ -4,11 +4,20 @@ from dataclasses import replace
 
 from toolkit.checkpoint.config import Config, normalize_rope
 from toolkit.decoder import BlockSparse, Decoder, Parts, Rows, TensorNames
+from toolkit.families import Evidence
 
 ARCHITECTURE = "Phi3SmallForCausalLM"
 MODELS = "Phi-3-small"
 QKV = "model.layers.{}.self_attn.query_key_value.weight"
 UP = "model.layers.{}.mlp.up_proj.weight"
+_WORDS = (
+    "logits with float weights are those of a float64 forward written apart from the reference, "
+    "beyond the local blocks too; its published code was not run here"
+)
+VERIFIED = {
+    "onnx": Evidence(_WORDS, "tests/formats/test_small.py"),
+    "openvino": Evidence(_WORDS, "tests/formats/test_small.py"),
+}
 NAMES = TensorNames(
     embedding="model.embed_tokens.weight",
     final_norm="model.final_layernorm.weight",

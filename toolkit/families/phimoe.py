@@ -15,6 +15,7 @@ _WORDS = (
 VERIFIED = {
     "onnx": Evidence(_WORDS, "tests/formats/test_moe.py"),
     "openvino": Evidence(_WORDS, "tests/formats/test_moe.py"),
+    "mlx": Evidence(_WORDS, "tests/formats/test_moe.py"),
 }
 NAMES = TensorNames(
     embedding="model.embed_tokens.weight",

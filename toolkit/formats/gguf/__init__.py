@@ -26,6 +26,7 @@ HEADER_BYTES = 250_000  # of 40 layers, rounded up
 HOLDS: frozenset[Special] = frozenset()
 REASONS: Mapping[Special, str] = {
     "block-sparse attention": "llama.cpp has no such attention",
+    "experts": "llama.cpp's phimoe makes the weights of a token's experts sum to 1",
 }
 PACKAGES = ("gguf", "sentencepiece", "xllamacpp")
 CONTEXT_MULTIPLE = 256  # llama.cpp rounds the context up to it

@@ -12,16 +12,17 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.mlx import config, layout, reader, schemes
+from toolkit.formats.mlx import config, layout, modules, reader, schemes
 from toolkit.formats.mlx.encoders import STORED
 from toolkit.formats.mlx.recipe import MlxRecipe
 from toolkit.formats.mlx.session import MlxSession
+from toolkit.overrides import path_of
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
 RECIPE = MlxRecipe
 CONFIG_BYTES = 150_000  # of 40 layers, rounded up
-HOLDS: frozenset[Special] = frozenset()
+HOLDS: frozenset[Special] = frozenset(("layer norms", "biases", "split projections", "experts"))
 REASONS: Mapping[Special, str] = {
     "block-sparse attention": "mlx-lm's phi3small computes another model than the published one",
 }
@@ -39,8 +40,32 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
             f"{recipe.name}: mlx-lm's phi3 needs heads x head_dim = hidden_size; this model has "
             f"{decoder.heads} x {decoder.head_dim} and {decoder.hidden}"
         )
+    if decoder.specials:
+        _check_experts(recipe, decoder)
     config.check_rope(recipe, decoder)
     schemes.check_schemes(recipe, decoder)
+
+
+def _check_experts(recipe: MlxRecipe, decoder: Decoder) -> None:
+    """PlanError for what mlx-lm's phimoe, its only model with such layers here, lacks."""
+    biased = {"qkv", "attention_out", "head"}
+    if not decoder.experts or set(decoder.biased) != biased or decoder.is_tied:
+        raise PlanError(
+            f"{recipe.name}: mlx-lm's phimoe has experts, and biases of attention and head; this "
+            f"model ({decoder.family}) has other ones; onnx and openvino can hold it"
+        )
+    if recipe.quantization.sensitive_bits:
+        raise PlanError(
+            f"{recipe.name}: quantization.sensitive_bits: knows Phi-3's own layers only; this "
+            f"model ({decoder.family}) has experts; allowed none"
+        )
+    chosen = schemes.choose_schemes(recipe, decoder)
+    for sources in modules.list_tensors(decoder).values():
+        if len({chosen.get(path_of(source)) for source in sources}) > 1:
+            raise PlanError(
+                f"{recipe.name}: quantization.overrides: {path_of(sources[0])} to "
+                f"{path_of(sources[-1])} are one module here; allowed the same type for all"
+            )
 
 
 def list_choices(recipe: Recipe, decoder: Decoder) -> dict[str, tuple[Any, ...]]:
@@ -58,6 +83,11 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
     """What mlx-lm takes to run it; PlanError when no length of the context is the source's."""
     recipe = cast(MlxRecipe, recipe)
     valid, notes = _valid_context(recipe, decoder, context_length)
+    if decoder.experts:
+        notes.append(
+            "checked with mlx-lm 0.32.2; older ones, which make the weights of a token's experts "
+            "sum to 1, give other answers"
+        )
     item_bytes = STORED[recipe.quantization.dtype].itemsize
     return RuntimeNeeds(
         engine="mlx_lm",

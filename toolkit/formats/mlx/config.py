@@ -12,8 +12,10 @@ from typing import Any
 from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
+from toolkit.formats.mlx.modules import list_tensors
 from toolkit.formats.mlx.recipe import MlxRecipe
 from toolkit.formats.mlx.schemes import Scheme, choose_schemes
+from toolkit.overrides import path_of
 
 TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # What is said in another way, or names files that an artifact does not have.
@@ -31,6 +33,9 @@ def make_config(recipe: MlxRecipe, decoder: Decoder, checkpoint: Checkpoint) -> 
         "torch_dtype": TORCH_DTYPES[recipe.quantization.dtype],
         **_spell_rope(recipe, decoder, source),
     }
+    if decoder.experts:  # whose defaults in mlx-lm are others than the source's
+        jitter = decoder.experts.jitter
+        config |= {"rms_norm_eps": decoder.norm_epsilon, "router_jitter_noise": jitter}
     if quantization := describe_quantization(recipe, decoder):
         # mlx-lm reads the first; the second is what Hugging Face's pages show.
         config |= {"quantization": quantization, "quantization_config": quantization}
@@ -47,7 +52,9 @@ def describe_quantization(recipe: MlxRecipe, decoder: Decoder) -> dict[str, Any]
 
     A module that is not named and has no scales in the file is unquantized for mlx-lm.
     """
-    schemes = {p: s for p, s in choose_schemes(recipe, decoder).items() if s.is_quantized}
+    chosen = choose_schemes(recipe, decoder)
+    found = ((n, chosen.get(path_of(some[0]))) for n, some in list_tensors(decoder).items())
+    schemes = {path_of(name): one for name, one in found if one and one.is_quantized}
     if not schemes:
         return {}
     common = Scheme(recipe.quantization.bits, recipe.quantization.group_size)
@@ -72,6 +79,8 @@ def check_rope(recipe: MlxRecipe, decoder: Decoder) -> None:
             f"lengths; allowed short (up to {rope.original_context} tokens) or long (beyond)"
         )
     wanted = rope.short_scale if recipe.rope_factors == "short" else rope.long_scale
+    if decoder.experts:  # whose model in mlx-lm takes the scale from the configuration
+        return
     computed = _scale_of_mlx_lm(decoder.context, rope.original_context)
     if abs(wanted - computed) > SCALE_TOLERANCE:
         raise PlanError(
@@ -108,4 +117,7 @@ def _spell_rope(recipe: MlxRecipe, decoder: Decoder, source: Mapping[str, Any]) 
             "short_factor": short,
             "long_factor": short if recipe.rope_factors == "short" else list(rope.long_factors),
         }
+        if decoder.experts:
+            scale = rope.short_scale if recipe.rope_factors == "short" else rope.long_scale
+            spelled["rope_scaling"] |= {"short_mscale": scale, "long_mscale": scale}
     return spelled

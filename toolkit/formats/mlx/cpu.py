@@ -25,6 +25,8 @@ def speed_up(model: Any) -> None:
     for module in model.modules():
         if type(module) is not nn.Linear:  # whose weights would take twice the memory
             _widen(module)
+        elif "bias" in module:
+            module.bias = module.bias.astype(require("mlx.core").float32)
         if type(module) in batched:
             module.__class__ = batched[type(module)]
 
@@ -49,13 +51,15 @@ def _batch(base: Any) -> Any:
 
 
 def _multiply(module: Any, inputs: Any) -> Any:
-    """float32 [..., in] by the transposed weight: [..., out]."""
+    """float32 [..., in] by the transposed weight, and the bias, if any: [..., out]."""
     rows = np.asarray(inputs).reshape(-1, inputs.shape[-1])
     out = np.empty((len(rows), module.weight.shape[0]), np.float32)
     step = max(1, BLOCK_WEIGHTS // rows.shape[1])
     for first in range(0, out.shape[1], step):
         last = min(first + step, out.shape[1])
         out[:, first:last] = rows @ _read_rows(module, first, last, rows.shape[1]).T
+    if "bias" in module:
+        out += np.asarray(module.bias)
     return require("mlx.core").array(out).reshape(*inputs.shape[:-1], -1)
 
 

@@ -7,6 +7,7 @@ from math import prod
 
 from toolkit.decoder import Decoder
 from toolkit.formats.mlx.encoders import STORED, Groups, Plain
+from toolkit.formats.mlx.modules import list_tensors
 from toolkit.formats.mlx.recipe import MlxRecipe
 from toolkit.formats.mlx.schemes import Scheme, choose_schemes
 from toolkit.overrides import path_of
@@ -31,48 +32,55 @@ class Stored:
 
 
 def place(recipe: MlxRecipe, decoder: Decoder) -> dict[str, list[Stored]]:
-    """What is stored for every tensor of the checkpoint, in order of use and without gaps."""
-    schemes = choose_schemes(recipe, decoder)
-    dtype = recipe.quantization.dtype
+    """What is stored for every tensor of modules.py, in order of use and without gaps."""
+    schemes, shapes = choose_schemes(recipe, decoder), decoder.shapes()
     placed: dict[str, list[Stored]] = {}
     end = 0
-    for source, shape in decoder.shapes().items():
-        placed[source] = []
-        for name, kind, stored_shape in _split(source, shape, schemes.get(path_of(source)), dtype):
+    for name, sources in list_tensors(decoder).items():
+        scheme, dtype = schemes.get(path_of(sources[0])), _float_type(recipe, decoder, name)
+        shape = shapes[name] if name in shapes else (len(sources), *shapes[sources[0]])
+        placed[name] = []
+        for part, kind, stored_shape in _split(name, shape, scheme, dtype):
             item_bytes = 4 if kind == "U32" else STORED[dtype].itemsize
-            stored = Stored(name, kind, stored_shape, end, prod(stored_shape) * item_bytes)
-            placed[source].append(stored)
+            stored = Stored(part, kind, stored_shape, end, prod(stored_shape) * item_bytes)
+            placed[name].append(stored)
             end += stored.nbytes
     return placed
 
 
+def _float_type(recipe: MlxRecipe, decoder: Decoder, name: str) -> str:
+    """The recipe's; a router is float32, and with it the logits that mlx-lm compares."""
+    return "fp32" if decoder.kind_of(name) == "router" else recipe.quantization.dtype
+
+
 def _split(
-    source: str, shape: tuple[int, ...], scheme: Scheme | None, dtype: str
+    name: str, shape: tuple[int, ...], scheme: Scheme | None, dtype: str
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype and shape of what is stored for one tensor."""
     if scheme is None or not scheme.is_quantized:
-        yield source, FLOATS[dtype], shape
+        yield name, FLOATS[dtype], shape
         return
-    path, (rows, columns) = path_of(source), shape
-    yield f"{path}.weight", "U32", (rows, columns * scheme.bits // WORD_BITS)
+    path, (*rows, columns) = path_of(name), shape
+    yield f"{path}.weight", "U32", (*rows, columns * scheme.bits // WORD_BITS)
     for part in ("scales", "biases"):
-        yield f"{path}.{part}", FLOATS[dtype], (rows, columns // scheme.group_size)
+        yield f"{path}.{part}", FLOATS[dtype], (*rows, columns // scheme.group_size)
 
 
 def lay_out(recipe: MlxRecipe, decoder: Decoder) -> DataFile:
     """The data file: each tensor's rows go through the encoder of its scheme."""
     schemes, shapes = choose_schemes(recipe, decoder), decoder.shapes()
-    dtype = recipe.quantization.dtype
-    pieces = []
+    pieces, tensors = [], list_tensors(decoder)
     end = 0
-    for source, stored in place(recipe, decoder).items():
-        scheme = schemes.get(path_of(source))
+    for name, stored in place(recipe, decoder).items():
+        sources = tensors[name]
+        scheme, dtype = schemes.get(path_of(sources[0])), _float_type(recipe, decoder, name)
         encoder: Encoder = Plain(dtype)
         if scheme is not None and scheme.is_quantized:
             encoder = Groups(scheme.bits, scheme.group_size, dtype)
-        rows, columns = prod(shapes[source][:-1]), shapes[source][-1]
+        rows, columns = prod(shapes[sources[0]][:-1]), shapes[sources[0]][-1]
         offsets = tuple(tensor.offset for tensor in stored)
-        pieces.append(Piece(source, 0, rows, columns, encoder, offsets))
+        for number, source in enumerate(sources):
+            pieces.append(Piece(source, 0, rows, columns, encoder, offsets, number * rows))
         end = stored[-1].offset + stored[-1].nbytes
     return DataFile(DATA_FILE, end, tuple(pieces))
 

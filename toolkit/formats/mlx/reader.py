@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from toolkit.decoder import Decoder
 from toolkit.errors import ArtifactError, require
 from toolkit.formats.mlx.layout import DATA_FILE
+from toolkit.formats.mlx.modules import list_tensors
 from toolkit.overrides import path_of
 
 
@@ -24,17 +25,19 @@ def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     quantization = config.get("quantization", {})
     with mx.stream(mx.cpu):
-        for name in decoder.shapes():
+        for name, sources in list_tensors(decoder).items():
             module = path_of(name)
             keys = [k for k in (f"{module}.scales", f"{module}.biases") if k in tensors]
             if name not in tensors or len(keys) == 1:
                 raise ArtifactError(f"{path}: {module} is incomplete")
-            weight, parts = tensors.pop(name), [tensors.pop(key) for key in keys]
-            if parts:
-                scheme = quantization.get(module, quantization)
-                scales, biases = (part.astype(mx.float32) for part in parts)
-                size, bits = scheme["group_size"], scheme["bits"]
-                weight = mx.dequantize(weight, scales, biases, group_size=size, bits=bits)
-            yield name, np.array(weight.astype(mx.float32))
+            stored = [tensors.pop(key) for key in (name, *keys)]
+            scheme = quantization.get(module, quantization)
+            for number, source in enumerate(sources):
+                weight, *parts = stored if name in sources else [part[number] for part in stored]
+                if parts:
+                    scales, biases = (part.astype(mx.float32) for part in parts)
+                    size, bits = scheme["group_size"], scheme["bits"]
+                    weight = mx.dequantize(weight, scales, biases, group_size=size, bits=bits)
+                yield source, np.array(weight.astype(mx.float32))
     if tensors:
         raise ArtifactError(f"{path}: unknown tensors: {', '.join(sorted(tensors))}")

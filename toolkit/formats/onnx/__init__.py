@@ -119,6 +119,12 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
             f"beyond {decoder.rope.original_context} tokens the long rotary factors hold: "
             "onnxruntime-genai computes the whole sequence anew there, once"
         )
+    if decoder.experts:
+        notes.append(
+            "experts need onnxruntime 1.31 or newer; with 1.30 a layer takes 4 times its size in "
+            "memory and half a minute to load"
+        )
+        notes += ["its experts were never run on CUDA, only on CPUs"] if is_cuda else []
     return RuntimeNeeds(
         engine="onnxruntime_genai",
         provider=recipe.provider,
