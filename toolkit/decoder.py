@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from toolkit.vision import VisionEncoder
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -45,7 +47,11 @@ class TensorNames:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A pre-norm RMSNorm decoder with fused qkv and a gated SiLU MLP."""
+    """A pre-norm RMSNorm decoder with fused qkv and a gated SiLU MLP.
+
+    `vision` makes it see: rows of a picture then stand in the place of token embeddings. All else
+    here, `shapes` too, is the text decoder alone.
+    """
 
     family: str
     layers: int
@@ -61,6 +67,7 @@ class Decoder:
     window: int | None
     is_tied: bool
     names: TensorNames
+    vision: VisionEncoder | None = None
 
     @property
     def qkv_rows(self) -> int:
