@@ -7,13 +7,14 @@ narrow and of three layers, of which two run. Its spreads are chosen so that a p
 differ from each other and from the text's about as much as embeddings do.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
 from tests.checkpoints import (
     Dtype,
@@ -23,6 +24,9 @@ from tests.checkpoints import (
     write_random_checkpoint,
     write_safetensors,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ROOT = "model.vision_embed_tokens."
 CLIP = ROOT + "img_processor.vision_model."
@@ -125,8 +129,10 @@ def tower_weights(hidden: int, seed: int = 0) -> Weights:
     return weights
 
 
-def draw(width: int, height: int, seed: int = 0) -> Image.Image:
+def draw(width: int, height: int, seed: int = 0) -> Image:
     """A picture with waves, a ramp and discs: no two crops of it are alike."""
+    from PIL import Image, ImageDraw  # not where goldens are made with torch
+
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = 127 + 120 * np.sin(x / 17 + seed), 127 + 120 * np.cos(y / 23)

@@ -14,7 +14,7 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.onnx import genai, graph, layout, reader, schemes
+from toolkit.formats.onnx import genai, graph, layout, reader, schemes, tower, vision
 from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.formats.onnx.session import OnnxSession
 from toolkit.recipe import Recipe
@@ -31,6 +31,7 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     """PlanError when a row is no multiple of the block, or the rotary width does not suit."""
     recipe = cast(OnnxRecipe, recipe)
     _check_blocks(recipe, decoder)
+    vision.check_vision(recipe, decoder)
     schemes.check_schemes(recipe, decoder)
     head, io_dtype = recipe.quantization.head, recipe.io_dtype
     if recipe.linear_bits and head in layout.FLOATS and layout.FLOATS[head] != io_dtype:
@@ -67,7 +68,15 @@ def list_choices(recipe: Recipe, decoder: Decoder) -> dict[str, tuple[Any, ...]]
 
 def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
     """Place every tensor in model.onnx.data."""
-    return layout.lay_out(cast(OnnxRecipe, recipe), decoder, context_length).data_file()
+    return _lay_out(cast(OnnxRecipe, recipe), decoder, context_length).data_file()
+
+
+def _lay_out(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> layout.Layout:
+    vision.check_context(recipe, decoder, context_length)
+    placed = layout.lay_out(recipe, decoder, context_length)
+    if decoder.vision:
+        tower.place_vision(placed, decoder.vision, recipe.quantization.vision or vision.DEFAULT)
+    return placed
 
 
 def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
@@ -108,13 +117,27 @@ def write_rest(
 ) -> None:
     """Write model.onnx, genai_config.json and the tokenizer's files, verbatim."""
     recipe = cast(OnnxRecipe, recipe)
-    placed = layout.lay_out(recipe, decoder, context_length)
-    model = graph.make_model(placed, f"phiship {__version__}")
-    (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    placed, producer = _lay_out(recipe, decoder, context_length), f"phiship {__version__}"
+    _write_model(folder / "model.onnx", graph.make_model(placed, producer))
     config = genai.make_config(recipe, decoder, checkpoint, context_length)
-    (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if decoder.vision:
+        eyes = decoder.vision
+        _write_model(folder / vision.VISION_FILE, vision.make_vision(placed, eyes, producer))
+        _write_model(folder / vision.EMBEDDING_FILE, vision.make_embedding(placed, eyes, producer))
+        vision.extend_config(config)
+        processor = vision.make_processor(eyes, checkpoint.preprocessing)
+        _write_json(folder / "processor_config.json", processor)
+    _write_json(folder / "genai_config.json", config)
     for path in checkpoint.tokenizer_files():
         shutil.copyfile(path, folder / path.name)
+
+
+def _write_model(path: Path, model: Any) -> None:
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

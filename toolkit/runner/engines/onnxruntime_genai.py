@@ -162,6 +162,18 @@ def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Mod
     return Model(genai, (folder / main_file).parent, provider, settings)
 
 
+def make_inputs(genai: Any, ids: Sequence[int], pixels: Any) -> Any:
+    """Return what a generator takes of ids, below 0 where pictures stand, and `images.Pixels`."""
+    import numpy as np
+
+    inputs = genai.NamedTensors()
+    inputs["input_ids"] = np.array([ids], np.int32)
+    inputs["pixel_values"] = pixels.values
+    inputs["image_sizes"] = pixels.sizes
+    inputs["num_image_tokens"] = np.array(pixels.counts, np.int64)
+    return inputs
+
+
 def read_switch(config: Path) -> tuple[int, int]:
     """Return the length beyond which LongRoPE's long factors hold, and the context's.
 
