@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = "model.vision_embed_tokens."
 CLIP = ROOT + "img_processor.vision_model."
-WIDTH, LAYERS, HEADS, INNER = 128, 3, 2, 256
+WIDTH, LAYERS, HEADS, INNER = 64, 3, 2, 128
 ORIGINAL_CONTEXT, CONTEXT = 4096, 8192
 PREPROCESSOR: dict[str, Any] = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],

@@ -111,6 +111,8 @@ def make_plan(
             advice=f"set context_length to {decoder.context} or less, or give --context",
         )
     module = formats.get(recipe.format)
+    if decoder.vision:
+        _check_sight(recipe, module.BLIND)
     module.check_shape(recipe, decoder)
     data = module.lay_out(recipe, decoder, context)
     _check_codes(recipe, decoder, data)
@@ -131,6 +133,18 @@ def make_plan(
             advice="give more, or set quantization.calibration_tokens lower",
         )
     return plan
+
+
+def _check_sight(recipe: Recipe, reason: str) -> None:
+    """PlanError when the recipe's format or engine leaves the pictures out."""
+    if recipe.engine != "native":
+        reason = "the vendors' converters are not asked for models that read pictures"
+    if reason:
+        able = [name for name in formats.names() if not formats.get(name).BLIND]
+        raise PlanError(
+            f"{recipe.name}: {recipe.format} cannot hold a model that reads pictures: {reason}",
+            advice=f"take a recipe of format {', '.join(able)} with engine: native",
+        )
 
 
 def _calibration_bytes(decoder: Decoder, tokens: int) -> int:

@@ -64,6 +64,7 @@ class Format(Protocol):
 
     RECIPE: type[Recipe]
     PACKAGES: tuple[str, ...]  # whose versions the manifest records
+    BLIND: str  # why it cannot hold a model that reads pictures; empty when it can
 
     def check_shape(self, recipe: Recipe, decoder: Decoder) -> None:
         """PlanError when the recipe cannot hold this architecture (block sizes, features)."""

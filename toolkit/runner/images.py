@@ -78,6 +78,15 @@ def read_image(source: Path | bytes, where: str) -> Image:
         raise _refuse(where, f"is a damaged picture: {error}") from None
 
 
+def prepare_files(paths: Sequence[Path], vision: Vision | None, name: str) -> Pixels:
+    """Read files and cut them; Failure when `name`, the artifact, reads no pictures."""
+    if vision is None:
+        raise Failure(
+            "request", f"{name} reads no pictures", "take an artifact of a model that does"
+        )
+    return prepare([read_image(path, str(path)) for path in paths], vision)
+
+
 def import_pillow() -> Any:
     """Return PIL.Image; Failure `runtime` when it is missing."""
     try:

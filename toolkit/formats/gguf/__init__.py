@@ -24,6 +24,7 @@ from toolkit.stream import DataFile
 RECIPE = GgufRecipe
 HEADER_BYTES = 250_000  # of 40 layers, rounded up
 PACKAGES = ("gguf", "sentencepiece", "xllamacpp")
+BLIND = "llama.cpp has no Phi-3-vision"
 CONTEXT_MULTIPLE = 256  # llama.cpp rounds the context up to it
 CACHE_BYTES = 2  # keys and values in float16
 # Resident beside weights and cache, generating: 46 MB with the example, 105 MB with the shape of

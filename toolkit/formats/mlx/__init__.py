@@ -23,6 +23,7 @@ from toolkit.stream import DataFile
 RECIPE = MlxRecipe
 CONFIG_BYTES = 150_000  # of 40 layers, rounded up
 PACKAGES = ("mlx", "mlx-lm")
+BLIND = "pictures are not written for mlx-vlm yet"
 # Resident beside weights and cache: 90 MB with the example; 0.6 GB in the gate with the shape of
 # Phi-3-mini, on a CPU, where scales become float32.
 OVERHEAD_BYTES = 600_000_000

@@ -23,6 +23,7 @@ from toolkit.stream import DataFile
 RECIPE = OnnxRecipe
 GRAPH_BYTES = 250_000  # of 40 layers, rounded up
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-genai")
+BLIND = ""
 ROTARY_MULTIPLE = 16  # GroupQueryAttention takes cos tables whose width is a multiple of 8
 OVERHEAD_BYTES = {"cpu": 250_000_000, "cuda": 900_000_000}
 

@@ -25,6 +25,7 @@ from toolkit.stream import DataFile
 RECIPE = OpenvinoRecipe
 NETWORK_BYTES = 1_500_000  # of 40 layers, rounded up
 PACKAGES = ("openvino", "openvino-genai", "openvino-tokenizers", "transformers")
+BLIND = "pictures are not written for openvino-genai yet"
 GROUP_SIZES = (32, 64, 128)
 NPU_GROUP_SIZES = (-1, 128)
 CACHE_BYTES = 2  # float16; the CPU's default for quantized artifacts is 8 bits, half of it

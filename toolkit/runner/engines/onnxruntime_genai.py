@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..failure import Failure
+from ..images import Pixels
 from ..settings import GREEDY, Sampling, Settings, check_offered
 from ._prefix import count_common
 from ._sampling import make_chooser
@@ -28,6 +29,10 @@ KEEPING = {"cpu", "cuda"}
 # Where the engine takes LongRoPE to switch, by its type of model (Generator in generators.cpp):
 # at the first token beyond, it computes the whole sequence anew with the long factors.
 SWITCHES = {"phi3": 4096, "phimoe": 4096, "phi3small": 8192}
+
+# Types whose generators cannot be rewound, and so are not kept. Ids of pictures say nothing of what
+# they show: one that could would have to be asked for its pictures too.
+ONE_WAY = {"phi3v"}
 
 
 @dataclass
@@ -50,7 +55,9 @@ class Model:
         self.reused_tokens = 0
         self._kept: _Kept | None = None
         try:
-            self._switch, self._context_length = read_switch(folder / "genai_config.json")
+            config = folder / "genai_config.json"
+            self._switch, self._context_length = read_switch(config)
+            self._rewinds = read_type(config) not in ONE_WAY
             self._model = genai.Model(_configure(genai, folder, provider, settings))
             self._tokenizer = genai.Tokenizer(self._model)
         except (RuntimeError, OSError, ValueError, KeyError) as error:
@@ -64,12 +71,16 @@ class Model:
         return [int(token) for token in self._tokenizer.encode(text)]
 
     def generate(
-        self, prompt_ids: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY
+        self,
+        prompt_ids: Sequence[int],
+        new_tokens: int,
+        sampling: Sampling = GREEDY,
+        pixels: Pixels | None = None,
     ) -> Generator[tuple[int, str], None, None]:
-        """Yield up to `new_tokens` (token id, text) pairs."""
+        """Yield up to `new_tokens` (token id, text) pairs; ids below 0 stand for `pixels`."""
         choose = make_chooser(sampling) if sampling.temperature > 0 else None
         stream = self._tokenizer.create_stream()
-        kept, self._kept = self._begin(list(prompt_ids), new_tokens), None
+        kept, self._kept = self._begin(list(prompt_ids), new_tokens, pixels), None
         last: int | None = None
         for _ in range(new_tokens):
             if last is not None:
@@ -79,7 +90,7 @@ class Model:
             except RuntimeError as error:
                 self._kept = None
                 raise Failure("engine", f"onnxruntime-genai failed: {error}") from None
-            if self.provider in KEEPING:
+            if self.provider in KEEPING and self._rewinds:
                 self._kept = kept
             yield last, stream.decode(last)
             if kept.generator.is_done():
@@ -90,7 +101,7 @@ class Model:
         self._kept = None
         del self._tokenizer, self._model
 
-    def _begin(self, prompt_ids: list[int], new_tokens: int) -> _Kept:
+    def _begin(self, prompt_ids: list[int], new_tokens: int, pixels: Pixels | None) -> _Kept:
         """Return a generator that has seen the prompt: the kept one when it has room."""
         needed, kept = len(prompt_ids) + new_tokens, self._kept
         self._kept = None
@@ -99,8 +110,12 @@ class Model:
         try:
             kept = kept or self._make(self._choose_capacity(needed))
             self.reused_tokens = count_common(kept.tokens, prompt_ids)
-            kept.generator.rewind_to(self.reused_tokens)
-            self._append(kept.generator, prompt_ids, self.reused_tokens)
+            if kept.tokens:
+                kept.generator.rewind_to(self.reused_tokens)
+            if pixels is None:
+                self._append(kept.generator, prompt_ids, self.reused_tokens)
+            else:
+                kept.generator.set_inputs(make_inputs(self._genai, prompt_ids, pixels))
         except RuntimeError as error:
             raise Failure("engine", f"onnxruntime-genai failed: {error}") from None
         kept.tokens = prompt_ids
@@ -162,8 +177,8 @@ def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Mod
     return Model(genai, (folder / main_file).parent, provider, settings)
 
 
-def make_inputs(genai: Any, ids: Sequence[int], pixels: Any) -> Any:
-    """Return what a generator takes of ids, below 0 where pictures stand, and `images.Pixels`."""
+def make_inputs(genai: Any, ids: Sequence[int], pixels: Pixels) -> Any:
+    """Return what a generator takes of ids, below 0 where pictures stand, and their pixels."""
     import numpy as np
 
     inputs = genai.NamedTensors()
@@ -179,9 +194,19 @@ def read_switch(config: Path) -> tuple[int, int]:
 
     A model without LongRoPE has a context that ends there, or a switch that changes nothing.
     """
-    model = json.loads(config.read_text(encoding="utf-8"))["model"]
+    model = _read_model(config)
     context_length = int(model["context_length"])
     return SWITCHES.get(model["type"], context_length), context_length
+
+
+def read_type(config: Path) -> str:
+    """Return the engine's type of model."""
+    return str(_read_model(config)["type"])
+
+
+def _read_model(config: Path) -> dict[str, Any]:
+    model: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))["model"]
+    return model
 
 
 def _configure(genai: Any, folder: Path, provider: str, settings: Settings) -> Any:
