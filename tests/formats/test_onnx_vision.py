@@ -22,17 +22,19 @@ from toolkit.progress import ignore
 from toolkit.quality import picture
 from toolkit.quality.reference import CheckpointWeights, states_of_embedded
 from toolkit.quality.vision import make_features
+from toolkit.runner.engines import onnxruntime_genai as engine
 from toolkit.runner.images import Pixels, prepare
 from toolkit.runner.manifest import Vision
+from toolkit.runner.settings import Settings
 
 # With 6 crops at most: 2 rows of 3, and 3 of 2, which an exchange of height and width would show.
 LYING, STANDING, CROPS = draw(640, 300, 1), draw(300, 500, 2), 6
 
 
-def make_recipe(**changes: Any) -> OnnxRecipe:
+def make_recipe(*, context_length: int = 4096, **changes: Any) -> OnnxRecipe:
     settings = {"precision": "fp32", "head": "fp32", "vision": "fp32", **changes}
     return OnnxRecipe(
-        name="sees", model="x", title="x", context_length=4096,
+        name="sees", model="x", title="x", context_length=context_length,
         quantization=OnnxQuantization(**settings),
     )  # fmt: skip
 
@@ -175,9 +177,30 @@ def test_what_cannot_be_is_refused_at_planning(
         make_plan(make_recipe(**changes), source.decoder)
 
 
-def test_a_context_across_longropes_switch_is_refused(source: Source) -> None:
-    with pytest.raises(PlanError, match="does not change to LongRoPE's long factors"):
-        make_plan(make_recipe(), source.decoder, context_length=4097)
+def test_a_context_across_another_switch_is_refused(source: Source) -> None:
+    rope = replace(source.decoder.rope, original_context=2048)
+    with pytest.raises(PlanError, match="the runner changes to them at 4096"):
+        make_plan(make_recipe(), replace(source.decoder, rope=rope))
+
+
+def test_an_answer_across_longropes_switch_is_the_sources(source: Source, tmp_path: Path) -> None:
+    """The runtime would go on with keys of short factors; the runner computes all anew, once."""
+    folder = tmp_path / "long"
+    folder.mkdir()
+    write_artifact(make_recipe(context_length=8192), source.checkpoint, folder)
+    config = json.loads((folder / "genai_config.json").read_text("utf-8"))
+    assert config["model"]["context_length"] == 8192
+    assert config["search"]["max_length"] == 4096
+    pixels = prepare([LYING], replace(source.vision, crops=1))
+    front = [1, 300, *[-1] * pixels.counts[0]]
+    rng = np.random.default_rng(1)
+    ids = front + rng.integers(3, 2000, 4095 - len(front)).tolist()
+    model = engine.load(folder, "model.onnx", "cpu", Settings(8192))
+    found = [token for token, _ in model.generate(ids, 3, pixels=pixels)]
+    model.close()
+    # Two tokens are chosen below the switch, the third after 4,097. That one is another where the
+    # keys of the first 4,096 stay as they were: seen with this seed by leaving ONE_WAY empty.
+    assert found[2] == int(source.logits(ids + found[:2], pixels)[-1].argmax())
 
 
 def test_a_model_that_reads_text_only_has_no_kind_of_tower(source: Source) -> None:

@@ -91,6 +91,9 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--queue", type=int, default=8, help="requests that may wait")
     command.add_argument("--cors-origin", help="origin whose web pages may ask")
+    command.add_argument(
+        "--image-folder", type=Path, help="where file: URLs of pictures may point; else nowhere"
+    )
     command.add_argument("--until-eof", action="store_true", help="end when standard input ends")
     _add_settings(command)
 

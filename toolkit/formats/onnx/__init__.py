@@ -21,7 +21,7 @@ from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
 RECIPE = OnnxRecipe
-GRAPH_BYTES = 250_000  # of 40 layers, rounded up
+GRAPH_BYTES = 450_000  # of 40 layers and a tower of 24, rounded up
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-genai")
 BLIND = ""
 ROTARY_MULTIPLE = 16  # GroupQueryAttention takes cos tables whose width is a multiple of 8
@@ -86,9 +86,10 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
     is_cuda = recipe.provider == "cuda"
     notes = []
     if layout.rope_rows(decoder.rope, context_length)[1]:
+        who = "the runner, not onnxruntime-genai," if decoder.vision else "onnxruntime-genai"
         notes.append(
             f"beyond {decoder.rope.original_context} tokens the long rotary factors hold: "
-            "onnxruntime-genai computes the whole sequence anew there, once"
+            f"{who} computes the whole sequence anew there, once"
         )
     return RuntimeNeeds(
         engine="onnxruntime_genai",
@@ -96,7 +97,7 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         package="onnxruntime-genai-cuda" if is_cuda else "onnxruntime-genai",
         main_file="model.onnx",
         kv_bytes_per_token=decoder.kv_bytes_per_token(2 if recipe.io_dtype == "float16" else 4),
-        overhead_bytes=OVERHEAD_BYTES[recipe.provider],
+        overhead_bytes=OVERHEAD_BYTES[recipe.provider] + vision.count_memory(recipe, decoder),
         valid_context=(1, context_length),
         notes=tuple(notes),
     )

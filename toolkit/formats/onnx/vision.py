@@ -4,6 +4,7 @@ As onnxruntime-genai's type phi3v expects them: pixel_values and image_sizes in,
 out; then input_ids, below 0 where a picture stands, and image_features in, inputs_embeds out.
 """
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,19 @@ from toolkit.formats.onnx.graph import Graph, add_embedding, make_proto
 from toolkit.formats.onnx.layout import Layout
 from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.formats.onnx.tower import BLOCK_SIZE, FLOAT, add_projector, add_tower
+from toolkit.runner.engines.onnxruntime_genai import SWITCHES
 from toolkit.runner.images import HALF_TAPS
 from toolkit.vision import Preprocessing, VisionEncoder
 
 VISION_FILE = "vision.onnx"
+TYPE = "phi3v"  # of model, for onnxruntime-genai
 EMBEDDING_FILE = "embedding.onnx"
 DEFAULT = "int8"  # of the tower's matrices
+# Resident while a picture of 16 crops goes through layers of CLIP-L's width; two take twice that.
+PICTURE_BYTES = 650_000_000
 EXTENSIONS = "com.microsoft.extensions"
 TAPS = 4
+FLOAT_BYTES = 4
 
 
 def check_vision(recipe: OnnxRecipe, decoder: Decoder) -> None:
@@ -51,14 +57,24 @@ def check_vision(recipe: OnnxRecipe, decoder: Decoder) -> None:
         )
 
 
+def count_memory(recipe: OnnxRecipe, decoder: Decoder) -> int:
+    """Bytes that seeing takes beside the stored weights; onnxruntime widens fp16 when it loads."""
+    if decoder.vision is None:
+        return 0
+    shapes = decoder.vision.shapes()
+    is_widened = recipe.quantization.vision == "fp16"
+    matrices = [prod(shapes[name]) for name in decoder.vision.list_used() if len(shapes[name]) == 2]
+    return PICTURE_BYTES + (FLOAT_BYTES * sum(matrices) if is_widened else 0)
+
+
 def check_context(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> None:
-    """PlanError for a context within which the runtime would have the wrong rotary factors."""
-    rope = decoder.rope
-    if decoder.vision and rope.is_long and context_length > rope.original_context:
+    """PlanError for a context within which the runner would not notice LongRoPE's switch."""
+    original, rope = decoder.rope.original_context, decoder.rope
+    if decoder.vision and rope.is_long and context_length > original != SWITCHES[TYPE]:
         raise PlanError(
-            f"{recipe.name}: context_length: got {context_length}; onnxruntime-genai does not "
-            f"change to LongRoPE's long factors within a text that has pictures",
-            advice=f"set context_length to {rope.original_context} or less, or give --context",
+            f"{recipe.name}: context_length: got {context_length}; LongRoPE's long factors hold "
+            f"beyond {original} tokens here, and the runner changes to them at {SWITCHES[TYPE]}",
+            advice=f"set context_length to {original} or less, or give --context",
         )
 
 
@@ -211,7 +227,10 @@ def _find_taps(graph: Graph, size: int, scale: Value, axis: str) -> _Taps:
 def extend_config(config: dict[str, Any]) -> None:
     """Make genai_config.json that of a model that sees, in place."""
     model = config["model"]
-    model["type"] = "phi3v"
+    model["type"] = TYPE
+    # Programs that do not know of the switch stay below it.
+    longest = min(model["context_length"], SWITCHES[TYPE])
+    config["search"]["max_length"] = longest
     inputs = {k: v for k, v in model["decoder"]["inputs"].items() if k != "input_ids"}
     model["decoder"]["inputs"] = {"inputs_embeds": "inputs_embeds", **inputs}
     model["embedding"] = {

@@ -27,9 +27,9 @@ OFFERED: dict[str, tuple[int, ...]] = {"threads": (), "batch_tokens": ()}
 # Providers whose generator can go on after an answer, and was seen to.
 KEEPING = {"cpu", "cuda"}
 # Where the engine takes LongRoPE to switch, by its type of model (Generator in generators.cpp):
-# at the first token beyond, it computes the whole sequence anew with the long factors.
-SWITCHES = {"phi3": 4096, "phimoe": 4096, "phi3small": 8192}
-
+# at the first token beyond, it computes the whole sequence anew with the long factors. With phi3v
+# it does not, and would go on with keys of short ones: there we do.
+SWITCHES = {"phi3": 4096, "phi3v": 4096, "phimoe": 4096, "phi3small": 8192}
 # Types whose generators cannot be rewound, and so are not kept. Ids of pictures say nothing of what
 # they show: one that could would have to be asked for its pictures too.
 ONE_WAY = {"phi3v"}
@@ -42,6 +42,7 @@ class _Kept:
     generator: Any
     capacity: int
     tokens: list[int]
+    pixels: Pixels | None = None
 
 
 class Model:
@@ -112,10 +113,8 @@ class Model:
             self.reused_tokens = count_common(kept.tokens, prompt_ids)
             if kept.tokens:
                 kept.generator.rewind_to(self.reused_tokens)
-            if pixels is None:
-                self._append(kept.generator, prompt_ids, self.reused_tokens)
-            else:
-                kept.generator.set_inputs(make_inputs(self._genai, prompt_ids, pixels))
+            kept.pixels = pixels
+            self._append(kept, prompt_ids, self.reused_tokens)
         except RuntimeError as error:
             raise Failure("engine", f"onnxruntime-genai failed: {error}") from None
         kept.tokens = prompt_ids
@@ -138,11 +137,16 @@ class Model:
         params.set_search_options(max_length=capacity, do_sample=False, num_beams=1)
         return _Kept(self._genai.Generator(self._model, params), capacity, [])
 
-    def _append(self, generator: Any, prompt_ids: Sequence[int], start: int) -> None:
+    def _append(self, kept: _Kept, prompt_ids: Sequence[int], start: int) -> None:
         """Compute the prompt from `start`, `batch_tokens` at once.
 
-        Beyond LongRoPE's switch in one piece: the first ones would have keys of short factors.
+        Beyond LongRoPE's switch in one piece: the first ones would have keys of short factors. So
+        also with pictures, which the engine takes with the first piece alone.
         """
+        generator = kept.generator
+        if kept.pixels is not None:
+            generator.set_inputs(make_inputs(self._genai, prompt_ids, kept.pixels))
+            return
         size = self._settings.batch_tokens or len(prompt_ids)
         if len(prompt_ids) > self._switch:
             size = len(prompt_ids)
@@ -151,8 +155,12 @@ class Model:
 
     def _step(self, kept: _Kept, choose: Callable[[Any], int] | None) -> int:
         """Return the next token; the engine's own choice is the likeliest."""
+        if not self._rewinds and len(kept.tokens) == self._switch + 1:
+            kept.generator = None  # its memory goes before the next one's comes
+            kept.generator = self._make(kept.capacity).generator
+            self._append(kept, kept.tokens, 0)
         generator = kept.generator
-        if choose and len(kept.tokens) == self._switch + 1:
+        if choose and self._rewinds and len(kept.tokens) == self._switch + 1:
             # The engine would compute the sequence anew after our choice, and choose again.
             generator.rewind_to(0)
             generator.append_tokens(kept.tokens)
