@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # toolkit/ has to be given its place here.
 GROUPS = (
     {"errors", "progress"},
-    {"fileio", "pages", "yamlfile"},
+    {"fileio", "pages", "vision", "yamlfile"},
     {"artifact", "decoder", "device", "endpoint", "model", "report", "target"},
     {"console", "recipe"},
     {"checkpoint", "overrides", "staging"},

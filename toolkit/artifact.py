@@ -94,6 +94,16 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
 
 
+class Vision(msgspec.Struct, frozen=True, kw_only=True):
+    """How pictures become crops of `image_size` pixels, with `side` x `side` tokens each."""
+
+    image_size: int
+    side: int
+    crops: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
 class Runtime(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What has to be on the device: an engine of the runner, its provider and package version.
 
@@ -129,6 +139,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[File, ...]
     notes: tuple[str, ...] = ()
     calibration: Calibration | None = None
+    vision: Vision | None = None
 
     @property
     def size_bytes(self) -> int:

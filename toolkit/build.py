@@ -120,7 +120,8 @@ def _plan(recipe: Recipe, building: Building) -> Job:
     text = None
     if quantization.is_calibrated:
         text = building.read_calibration(quantization.calibration_tokens)
-    return Job(plan, source, building.chat, building.out / recipe.name, text)
+    final = building.out / recipe.name
+    return Job(plan, source, building.chat, final, text, building.vision)
 
 
 def _check_gate_memory(plan: Plan, options: Options) -> None:
@@ -240,6 +241,7 @@ def _describe(job: Job, made: Made, quality: Quality) -> Manifest:
         files=(),
         notes=needs.notes + made.notes,
         calibration=job.calibration,
+        vision=job.vision,
     )
 
 

@@ -6,11 +6,13 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal
 
+from toolkit.vision import VisionEncoder
+
 Norm = Literal["rms", "layer"]
 Kind = Literal["qkv", "attention_out", "router", "gate_up", "down", "head"]
 Special = Literal[
     "layer norms", "biases", "split projections", "experts", "block-sparse attention", "gegelu",
-    "multipliers", "masked tokens",
+    "multipliers", "masked tokens", "pictures",
 ]  # fmt: skip
 # Added to the logits of tokens that are never said: the least float16, so that all formats hold it.
 MASKED_LOGIT = -65504.0
@@ -133,6 +135,9 @@ class Decoder:
     that, by up, within that at both ends, + 1. `embedding_scale` multiplies what is looked up,
     `logit_scale` the logits; `attention_scale` the scores (None: head_dim ** -0.5).
     `masked_tokens` are never said.
+
+    `vision` makes it see: rows of a picture then stand in the place of token embeddings. All else
+    here, `shapes` too, is the text decoder alone.
     """
 
     family: str
@@ -161,6 +166,7 @@ class Decoder:
     attention_scale: float | None = None
     logit_scale: float = 1.0
     masked_tokens: tuple[int, ...] = ()
+    vision: VisionEncoder | None = None
 
     @property
     def specials(self) -> tuple[Special, ...]:
@@ -175,6 +181,7 @@ class Decoder:
             "multipliers": (self.embedding_scale, self.attention_scale, self.logit_scale)
             != (1.0, None, 1.0),
             "masked tokens": bool(self.masked_tokens),
+            "pictures": self.vision is not None,
         }
         return tuple(special for special, is_so in found.items() if is_so)
 

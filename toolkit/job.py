@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from toolkit import fileio
-from toolkit.artifact import Calibration, Chat, Source
+from toolkit.artifact import Calibration, Chat, Source, Vision
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
 from toolkit.decoder import Decoder
@@ -15,6 +15,7 @@ from toolkit.errors import PhishipError
 from toolkit.families import read_decoder
 from toolkit.plan import Plan
 from toolkit.quality.chat import read_chat
+from toolkit.quality.picture import describe_vision
 from toolkit.quality.texts import Text, read_text
 from toolkit.report import Report
 
@@ -43,6 +44,7 @@ class Job:
     chat: Chat
     final: Path
     text: Text | None = None
+    vision: Vision | None = None
 
     @property
     def name(self) -> str:
@@ -94,7 +96,12 @@ class Building:
     @cached_property
     def chat(self) -> Chat:
         """The checkpoint's chat template as data."""
-        return read_chat(self.checkpoint)
+        return read_chat(self.checkpoint, sees=self.decoder.vision is not None)
+
+    @cached_property
+    def vision(self) -> Vision | None:
+        """How the checkpoint's pictures are cut; None when it reads text only."""
+        return describe_vision(self.decoder, self.checkpoint)
 
     def read_calibration(self, tokens: int) -> Text:
         """The text on which codes are chosen, read once for all artifacts."""

@@ -159,7 +159,7 @@ class Mixture:
     @cached_property
     def _texts(self) -> tuple[Sequences, Sequences]:
         """Sequences of one length: of the text for choosing, and of the gate's."""
-        chat = read_chat(self.checkpoint)
+        chat = read_chat(self.checkpoint, sees=self.decoder.vision is not None)
         probe = probe_ids(self.checkpoint, chat, self.smallest.context_length)
         own = read_text(
             self.checkpoint, chat, "calibration", path=self.text, tokens=PREDICTION_TOKENS,

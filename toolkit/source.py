@@ -52,4 +52,4 @@ def find_model(decoder: Decoder, hint: str) -> str:
 
 def _shape(decoder: Decoder) -> tuple[object, ...]:
     """What tells the models apart."""
-    return (decoder.shapes(), decoder.context, decoder.kv_heads, decoder.window)
+    return (decoder.shapes(), decoder.context, decoder.kv_heads, decoder.window, decoder.vision)

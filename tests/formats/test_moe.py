@@ -169,7 +169,7 @@ def test_what_cannot_be_is_refused(checkpoint: Checkpoint, case: str) -> None:
 
 def test_a_format_that_cannot_hold_it_names_those_that_can(checkpoint: Checkpoint) -> None:
     recipe = next(one for one in catalog.load_recipes("tiny-phi3") if one.format == "gguf")
-    with pytest.raises(PlanError, match="experts; mlx, onnx, openvino can"):
+    with pytest.raises(PlanError, match=r"experts \(.*\); mlx, onnx, openvino can"):
         make_plan(recipe, read_decoder(checkpoint.config))
 
 

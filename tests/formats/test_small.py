@@ -171,7 +171,7 @@ def test_plan_names_what_the_runner_has_to_pin(tmp_path: Path) -> None:
         ("openvino", {"provider": "npu"}, {**INT4["openvino"], "group_size": 128}, "got npu"),
         ("mlx", {"provider": "cpu"}, {"bits": 4}, "mlx-lm's phi3small computes another model"),
         ("gguf", {}, {"precision": "q4_0"}, "llama.cpp has no such attention"),
-        ("gguf", {}, {"precision": "q4_0"}, "onnx and openvino can"),
+        ("gguf", {}, {"precision": "q4_0"}, "onnx, openvino can"),
         ("onnx", {}, {**INT4["onnx"], "equalize": True}, "equalize"),
         ("onnx", {"engine": "vendor"}, INT4["onnx"], "got vendor"),
     ],

@@ -283,7 +283,7 @@ def test_only_recipes_that_fit_the_disk_are_named(noise: Manifest) -> None:
     facts = load_facts("pi-5")
     manifest = make_manifest(noise, f"{MODEL}-onnx-cpu-int4")
     assert "more" in suggest(facts, manifest)[0]
-    free_bytes = 2_300_000_000
+    free_bytes = 2_200_000_000
     (fits,) = suggest(change(facts, disk_free_bytes=free_bytes), manifest)
     names = re.findall(rf"{MODEL}-[\w.-]+", fits)
     assert names and "more" not in fits

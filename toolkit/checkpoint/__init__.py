@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from toolkit import fileio
 from toolkit.checkpoint import ranks
 from toolkit.checkpoint.config import Config, read_config, read_json
+from toolkit.checkpoint.preprocessor import PREPROCESSOR_FILE, read_preprocessing
 from toolkit.checkpoint.safetensors import TensorInfo, read_index
 from toolkit.decoder import Decoder
 from toolkit.errors import CheckpointError
+from toolkit.vision import Preprocessing
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,6 +33,7 @@ TOKENIZER_FILES = (
 )
 # How runtimes are to read tokenizer.json, where the checkpoint names code of its own.
 FAST_TOKENIZER = "PreTrainedTokenizerFast"
+CONFIG_FILES = ("config.json", "generation_config.json", PREPROCESSOR_FILE)
 RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
@@ -90,6 +93,11 @@ class Checkpoint:
         """tokenizer_config.json; empty when there is none."""
         path = self.folder / "tokenizer_config.json"
         return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """What preprocessor_config.json says of pictures; CheckpointError when it is missing."""
+        return read_preprocessing(self.folder / PREPROCESSOR_FILE)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -177,7 +185,10 @@ class Checkpoint:
                 f"{where}: config.json says {decoder.layers} layers; "
                 f"found only {len(self.tensors)} tensors"
             )
-        shapes = decoder.shapes()
+        shapes = dict(decoder.shapes())
+        if decoder.vision:
+            shapes |= decoder.vision.shapes()
+            self.preprocessing  # noqa: B018 - without it no picture can be read
         for name, shape in shapes.items():
             if name not in self.tensors:
                 raise CheckpointError(f"{where}: {name} {list(shape)} is missing")
@@ -264,7 +275,7 @@ class Checkpoint:
         moves weights in the sampled parts.
         """
         digest = hashlib.sha256()
-        configs = [self.folder / "config.json", self.folder / "generation_config.json"]
+        configs = [self.folder / name for name in CONFIG_FILES]
         for path in [*filter(Path.is_file, configs), *self.tokenizer_files()]:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         for name in sorted(self.tensors):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.checkpoint import TOKENIZER_FILES, Checkpoint
+from toolkit.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from toolkit.checkpoint.config import Config, read_config
 from toolkit.checkpoint.download import RemoteFile, fetch
 from toolkit.checkpoint.hub_errors import explain, host, is_unreachable
@@ -22,7 +22,7 @@ from toolkit.errors import CheckpointError, PhishipError
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, INDEX)
+SMALL_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, INDEX)
 REFERENCE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>(?!.*\.\.)[\w][\w./-]*))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")

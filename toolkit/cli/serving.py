@@ -24,7 +24,15 @@ port_option = click.option(
 @click.command("run")
 @click.argument("place")
 @click.option("--prompt", help="Answer this one question instead of a conversation.")
+@click.option(
+    "--image", "images", multiple=True, type=click.Path(path_type=Path),
+    help="With --prompt: a picture that it is about; may be given more than once (artifacts).",
+)  # fmt: skip
 @click.option("--serve", is_flag=True, help="Answer OpenAI's API over HTTP instead (artifacts).")
+@click.option(
+    "--image-folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="With --serve: where file: URLs of pictures may point; else nowhere.",
+)  # fmt: skip
 @click.option(
     "--max-tokens", type=click.IntRange(1), help="Of one answer; else as many as there is room for."
 )
@@ -36,9 +44,9 @@ port_option = click.option(
 @devices_option
 @json_option
 def run_command(
-    place: str, prompt: str | None, serve: bool, max_tokens: int | None, system: str,
-    temperature: float, seed: int | None, port: int, devices: Path | None, as_json: bool,
-    **given: int | None,
+    place: str, prompt: str | None, images: tuple[Path, ...], serve: bool,
+    image_folder: Path | None, max_tokens: int | None, system: str, temperature: float,
+    seed: int | None, port: int, devices: Path | None, as_json: bool, **given: int | None,
 ) -> None:  # fmt: skip
     """Converse with an artifact here, with the runner that devices get; or with a device.
 
@@ -50,13 +58,19 @@ def run_command(
     is_here = (Path(place) / MANIFEST).is_file()
     answering = _name_options(max_tokens=max_tokens, temperature=temperature, seed=seed)
     settings = _name_options(**given)
+    if images and (prompt is None or not is_here):
+        raise click.UsageError("--image goes with --prompt, and with an artifact's folder")
+    if image_folder and (not serve or prompt is not None):
+        raise click.UsageError("--image-folder goes with --serve")
     if prompt is not None:
-        words = ["--system", system, *answering, *settings]
+        pictures = [word for image in images for word in ("--image", str(image.absolute()))]
+        words = ["--system", system, *pictures, *answering, *settings]
         answer_once(place, prompt, words, Console(as_json=as_json), devices)
     elif serve:
         if not is_here:
             raise click.UsageError("--serve is for artifacts; for a device: phiship serve DEVICE")
-        run_here(place, ["serve", "--port", str(port), *settings, *_json(as_json)])
+        folder = ["--image-folder", str(image_folder.absolute())] if image_folder else []
+        run_here(place, ["serve", "--port", str(port), *folder, *settings, *_json(as_json)])
     elif is_here:
         run_here(place, ["chat", "--system", system, *answering, *settings])
     else:

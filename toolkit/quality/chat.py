@@ -43,13 +43,14 @@ CONVERSATIONS: tuple[Messages, ...] = (
 )
 
 
-def read_chat(checkpoint: Checkpoint) -> Chat:
+def read_chat(checkpoint: Checkpoint, *, sees: bool = False) -> Chat:
     """Return the chat template as data, with the ids and texts that end an answer.
 
     White space that the source's tokenizer drops behind a special token is left out: the ids are
     the same, also in runtimes that cannot drop it. `bos_id` is set only when the template itself
     writes the bos token in front, because transformers tokenizes rendered chats without adding
-    one. CheckpointError when there is no template; UnsupportedError when data cannot express it.
+    one. A model that `sees` has a processor of its own, which does as the tokenizer's settings say.
+    CheckpointError when there is no template; UnsupportedError when data cannot express it.
     """
     tokenizer = read_tokenizer(checkpoint)
     template = _Template.read(checkpoint)
@@ -65,6 +66,8 @@ def read_chat(checkpoint: Checkpoint) -> Chat:
         bos_id=bos_id,
     )
     _verify(template, chat)
+    if sees and checkpoint.tokenizer_config.get("add_bos_token", True):
+        chat = msgspec.structs.replace(chat, bos_id=tokenizer.token_to_id(template.bos))
     return drop_stripped(chat, [entry.content for entry in added.values() if entry.rstrip])
 
 

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 from toolkit.artifact import Chat, Limits, Measure, Quality, Smoke
 from toolkit.checkpoint import Checkpoint
@@ -15,11 +16,12 @@ from toolkit.decoder import Decoder
 from toolkit.errors import GateError
 from toolkit.formats import Session
 from toolkit.quality import chat as chats
-from toolkit.quality import comparing, tokens
+from toolkit.quality import comparing, picture, tokens
 from toolkit.quality.measures import Comparison
 
 PROBE_QUESTION = "Recite the Zen of Python."
 PROBE_TOKENS = 256
+PICTURE = "picture: "
 NOT_PUBLISHED = "nothing was published"
 
 
@@ -93,6 +95,8 @@ def run_gate(
         _check_stops(gate)
         if check_logits:
             _check_logits(gate, limits, compare or partial(_compare_probe, gate, console))
+            if decoder.vision:
+                _check_logits(gate, limits, partial(_compare_picture, gate, console), PICTURE)
             if smoke is not None:
                 _check_smoke(gate, smoke)
     except RuntimeError as error:  # what native runtimes raise
@@ -149,23 +153,33 @@ def _compare_probe(gate: _Gate, console: Console) -> Comparison:
     return comparing.compare(gate.session, source, [ids], console)
 
 
-def _check_logits(gate: _Gate, limits: Limits, compare: Callable[[], Comparison]) -> None:
+def _compare_picture(gate: _Gate, console: Console) -> Comparison:
+    asked = picture.ask_probe(gate.checkpoint, gate.decoder, gate.chat, read_zen())
+    session = cast(picture.SeeingSession, gate.session)
+    with console.waiting("source and artifact look at a picture"):
+        return picture.compare_picture(session, gate.checkpoint, gate.decoder, asked)
+
+
+def _check_logits(
+    gate: _Gate, limits: Limits, compare: Callable[[], Comparison], about: str = ""
+) -> None:
+    """Hold a comparison against the limits; `about` stands before the names of its measures."""
     try:
         found = compare()
     except ValueError as error:
         gate.add("comparable logits", 0, 1, ok=False)
-        raise gate.fail(f"logits: {error}") from error
+        raise gate.fail(f"{about}logits: {error}") from error
     demands = {demand.measure: demand for demand in list_demands(limits)}
     missed = []
     for name, estimate in found.summarize().items():
         demand = demands.get(name)
         ok = demand is None or demand.is_met(estimate.value)
         limit = None if demand is None else demand.limit
-        gate.add(name, estimate.value, limit, ok=ok, error=estimate.error)
+        gate.add(about + name, estimate.value, limit, ok=ok, error=estimate.error)
         if demand and not ok:
             missed.append(demand.sentence.format(estimate.value, len(found.kl), demand.limit))
     if missed:
-        raise gate.fail(f"logits: {missed[0]}")
+        raise gate.fail(f"{about}logits: {missed[0]}")
 
 
 @dataclass(frozen=True)

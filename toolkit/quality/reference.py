@@ -69,8 +69,13 @@ def final_states_of(
     """The same for sequences of one length n, in one pass over the weights: [texts, n, hidden]."""
     for ids in sequences:
         check_ids(decoder, ids)
-    rotation = rotary_tables(decoder.rope, len(sequences[0]))
     hidden = np.stack([embed(weights, decoder, ids) for ids in sequences])
+    return states_of_embedded(weights, decoder, hidden)
+
+
+def states_of_embedded(weights: Weights, decoder: Decoder, hidden: Array) -> Array:
+    """The same for what the first layer sees: [texts, n, hidden] to the same shape."""
+    rotation = rotary_tables(decoder.rope, hidden.shape[1])
     for layer in range(decoder.layers):
         hidden = run_layer(weights, decoder, layer, hidden, rotation)
     return norm(weights, decoder, decoder.names.final_norm, hidden)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from .chat import render_chat
 from .failure import Failure
 from .loading import Loaded
+from .pictures import split_pictures
 from .settings import GREEDY, Sampling
 from .stopping import StopTexts
 
@@ -20,6 +23,7 @@ class Question:
     """What is asked of a loaded model; no stop text appears in the answer.
 
     An answer in a chat begins with its first word; a text that is continued keeps its white space.
+    `pixels` (images.Pixels) are what ids below 0 stand for.
     """
 
     prompt_ids: list[int]
@@ -27,6 +31,7 @@ class Question:
     sampling: Sampling = GREEDY
     stops: tuple[str, ...] = ()
     keeps_space: bool = False
+    pixels: Any = None
 
 
 @dataclass
@@ -55,6 +60,11 @@ def encode_text(loaded: Loaded, text: str) -> list[int]:
     """Return the token ids of a text, after the token that begins every text of this model."""
     bos_id = loaded.manifest.chat.bos_id
     return ([] if bos_id is None else [bos_id]) + list(loaded.model.encode(text))
+
+
+def encode_pictures(loaded: Loaded, text: str, counts: Sequence[int]) -> list[int]:
+    """Return the ids of a text with marks (pictures.PICTURE) for pictures of so many tokens."""
+    return split_pictures(text, counts, partial(encode_text, loaded))
 
 
 def count_context(loaded: Loaded) -> int:
@@ -86,7 +96,10 @@ def stream_answer(loaded: Loaded, question: Question, answer: Answer) -> Generat
     """Yield the text that each token adds, often none, and fill `answer`; closing ends the work."""
     stop_ids, stops = loaded.manifest.chat.stop_ids, StopTexts(question.stops)
     started_s = first_s = time.monotonic()
-    stream = loaded.model.generate(question.prompt_ids, question.max_tokens, question.sampling)
+    seen = {} if question.pixels is None else {"pixels": question.pixels}
+    stream = loaded.model.generate(
+        question.prompt_ids, question.max_tokens, question.sampling, **seen
+    )
     try:
         for token, piece in stream:
             now_s = time.monotonic()

@@ -67,6 +67,10 @@ def _add_agent(command: argparse.ArgumentParser) -> None:
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt", help="without it, the prompt is read from standard input")
+    command.add_argument(
+        "--image", type=Path, action="append", default=[],
+        help="a picture that the prompt is about, in front of it; may be given more than once",
+    )  # fmt: skip
     _add_answering(command)
     _add_settings(command)
 
@@ -87,6 +91,9 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--queue", type=int, default=8, help="requests that may wait")
     command.add_argument("--cors-origin", help="origin whose web pages may ask")
+    command.add_argument(
+        "--image-folder", type=Path, help="where file: URLs of pictures may point; else nowhere"
+    )
     command.add_argument("--until-eof", action="store_true", help="end when standard input ends")
     _add_settings(command)
 
@@ -152,7 +159,7 @@ def _run_generate(options: argparse.Namespace) -> int:
     take_text = _ignore if options.json else _stream
     answer = generate(
         options.artifact, prompt, options.max_tokens, take_text, _sampling(options),
-        options.system, **_given(options),
+        options.system, options.image, **_given(options),
     )  # fmt: skip
     if options.json:
         print(json.dumps(answer))

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .answer import ANSWER_TOKENS, Answer, Question, encode_text, find_room, stream_answer
+from .answer import (
+    ANSWER_TOKENS,
+    Answer,
+    Question,
+    encode_pictures,
+    encode_text,
+    find_room,
+    stream_answer,
+)
 from .chat import render_chat
+from .images import prepare_files
 from .loading import Loaded, loading
 from .manifest import read_manifest
 from .memory import read_peak_memory_bytes
+from .pictures import mark_pictures
 from .settings import GREEDY, Sampling, read_settings
 
 TakeText = Callable[[str], None]
@@ -23,25 +34,31 @@ def generate(
     take_text: TakeText,
     sampling: Sampling = GREEDY,
     system: str = "",
+    images: Sequence[Path] = (),
     **given: int | None,
 ) -> dict[str, Any]:
-    """Answer `prompt`; `take_text` gets each piece. Returns the object of --json.
+    """Answer `prompt`, about `images` if any; `take_text` gets each piece. Returns --json's object.
 
     The context is as large as this answer may need, unless `given` says otherwise.
     """
     manifest = read_manifest(artifact)
+    pixels = prepare_files(images, manifest.vision, manifest.name) if images else None
+    counts = pixels.counts if pixels else ()
     before = [("system", system)] if system else []
-    text = render_chat(manifest.chat, [*before, ("user", prompt)])
+    content = mark_pictures(prompt, len(images))
+    text = render_chat(manifest.chat, [*before, ("user", content)])
     new_tokens = ANSWER_TOKENS if max_tokens is None else max_tokens
-    context_tokens = bound_context(text, new_tokens, manifest.valid_context)
+    seen_tokens = sum(counts) + 2 * len(counts)  # a text behind a picture begins as any text
+    context_tokens = bound_context(text, new_tokens + seen_tokens, manifest.valid_context)
     if given.get("context_tokens") is None:
         given["context_tokens"] = context_tokens
     settings = read_settings(artifact, context_tokens, **given)
     with loading(artifact, settings) as loaded:
-        prompt_ids = encode_text(loaded, text)
+        encode = partial(encode_pictures, counts=counts) if counts else encode_text
+        prompt_ids = encode(loaded, text)
         new_tokens = find_room(loaded, len(prompt_ids), max_tokens)
-        answer = Answer()
-        for piece in stream_answer(loaded, Question(prompt_ids, new_tokens, sampling), answer):
+        question, answer = Question(prompt_ids, new_tokens, sampling, pixels=pixels), Answer()
+        for piece in stream_answer(loaded, question, answer):
             take_text(piece)
         return describe_answer(loaded, len(prompt_ids), answer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .failure import Failure
 
@@ -20,11 +21,23 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """How pictures become crops of `image_size` pixels, with `side` x `side` tokens each."""
+
+    image_size: int
+    side: int
+    crops: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an artifact asks of its runner; `valid_context` is inclusive, in tokens.
 
     `version` is the one of the engine's package that the artifact was checked with; `properties`
     are what the engine has to be loaded with, most often nothing.
+    `vision` is None for a model that reads text only.
     """
 
     name: str
@@ -37,6 +50,7 @@ class Manifest:
     device_memory_bytes: int
     chat: Chat
     properties: dict[str, str] = field(default_factory=dict)
+    vision: Vision | None = None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -62,8 +76,16 @@ def read_manifest(folder: Path) -> Manifest:
                 bos_id=chat.get("bos_id"),
             ),
             properties={str(k): str(v) for k, v in runtime.get("properties", {}).items()},
+            vision=_read_vision(data.get("vision")),
         )
     except FileNotFoundError:
         raise Failure("artifact", f"{path}: not found: this folder is no artifact") from None
     except (ValueError, KeyError, TypeError) as error:
         raise Failure("artifact", f"{path}: damaged: {error!r}") from error
+
+
+def _read_vision(data: dict[str, Any] | None) -> Vision | None:
+    if data is None:
+        return None
+    mean, std = (tuple(map(float, data[key])) for key in ("mean", "std"))
+    return Vision(int(data["image_size"]), int(data["side"]), int(data["crops"]), mean, std)

@@ -27,6 +27,7 @@ HOLDS: frozenset[Special] = frozenset()
 REASONS: Mapping[Special, str] = {
     "block-sparse attention": "llama.cpp has no such attention",
     "experts": "llama.cpp's phimoe makes the weights of a token's experts sum to 1",
+    "pictures": "llama.cpp has no Phi-3-vision",
 }
 PACKAGES = ("gguf", "sentencepiece", "xllamacpp")
 CONTEXT_MULTIPLE = 256  # llama.cpp rounds the context up to it

@@ -13,17 +13,26 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import BlockSparse, Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.onnx import genai, graph, layout, reader, schemes, sparse
+from toolkit.formats.onnx import (
+    genai,
+    graph,
+    layout,
+    reader,
+    schemes,
+    sparse,
+    tower,
+    vision,
+)  # fmt: skip
 from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.formats.onnx.session import OnnxSession
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
 RECIPE = OnnxRecipe
-GRAPH_BYTES = 350_000  # of 40 layers, or 32 with experts, rounded up
+GRAPH_BYTES = 450_000  # of 40 layers and a tower of 24, or 32 with experts, rounded up
 HOLDS: frozenset[Special] = frozenset(
     ("layer norms", "biases", "split projections", "experts", "block-sparse attention", "gegelu",
-     "multipliers", "masked tokens")
+     "multipliers", "masked tokens", "pictures")
 )  # fmt: skip
 REASONS: Mapping[Special, str] = {}
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-genai")
@@ -35,6 +44,7 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     """PlanError when a row is no multiple of the block, or the rotary width does not suit."""
     recipe = cast(OnnxRecipe, recipe)
     _check_blocks(recipe, decoder)
+    vision.check_vision(recipe, decoder)
     schemes.check_schemes(recipe, decoder)
     if decoder.experts:
         _check_experts(recipe)
@@ -106,7 +116,15 @@ def list_choices(recipe: Recipe, decoder: Decoder) -> dict[str, tuple[Any, ...]]
 
 def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
     """Place every tensor in model.onnx.data."""
-    return layout.lay_out(cast(OnnxRecipe, recipe), decoder, context_length).data_file()
+    return _lay_out(cast(OnnxRecipe, recipe), decoder, context_length).data_file()
+
+
+def _lay_out(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> layout.Layout:
+    vision.check_context(recipe, decoder, context_length)
+    placed = layout.lay_out(recipe, decoder, context_length)
+    if decoder.vision:
+        tower.place_vision(placed, decoder.vision, recipe.quantization.vision or vision.DEFAULT)
+    return placed
 
 
 def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
@@ -115,9 +133,10 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
     is_cuda = recipe.provider == "cuda"
     notes = []
     if layout.rope_rows(decoder.rope, context_length)[1]:
+        who = "the runner, not onnxruntime-genai," if decoder.vision else "onnxruntime-genai"
         notes.append(
             f"beyond {decoder.rope.original_context} tokens the long rotary factors hold: "
-            "onnxruntime-genai computes the whole sequence anew there, once"
+            f"{who} computes the whole sequence anew there, once"
         )
     if decoder.experts:
         notes.append(
@@ -131,7 +150,7 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         package="onnxruntime-genai-cuda" if is_cuda else "onnxruntime-genai",
         main_file="model.onnx",
         kv_bytes_per_token=decoder.kv_bytes_per_token(2 if recipe.io_dtype == "float16" else 4),
-        overhead_bytes=OVERHEAD_BYTES[recipe.provider],
+        overhead_bytes=OVERHEAD_BYTES[recipe.provider] + vision.count_memory(recipe, decoder),
         valid_context=(1, context_length),
         notes=tuple(notes),
     )
@@ -153,12 +172,26 @@ def write_rest(
 ) -> None:
     """Write model.onnx, genai_config.json and the tokenizer's files, verbatim."""
     recipe = cast(OnnxRecipe, recipe)
-    placed = layout.lay_out(recipe, decoder, context_length)
-    model = graph.make_model(placed, f"phiship {__version__}")
-    (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    placed, producer = _lay_out(recipe, decoder, context_length), f"phiship {__version__}"
+    _write_model(folder / "model.onnx", graph.make_model(placed, producer))
     config = genai.make_config(recipe, decoder, checkpoint, context_length)
-    (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if decoder.vision:
+        eyes = decoder.vision
+        _write_model(folder / vision.VISION_FILE, vision.make_vision(placed, eyes, producer))
+        _write_model(folder / vision.EMBEDDING_FILE, vision.make_embedding(placed, eyes, producer))
+        vision.extend_config(config)
+        processor = vision.make_processor(eyes, checkpoint.preprocessing)
+        _write_json(folder / "processor_config.json", processor)
+    _write_json(folder / "genai_config.json", config)
     checkpoint.write_tokenizer(folder)
+
+
+def _write_model(path: Path, model: Any) -> None:
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -4,6 +4,7 @@ Source: the operators' contracts in onnxruntime/docs/ContribOperators.md, and th
 onnxruntime_genai.models.builder writes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,20 +17,25 @@ MICROSOFT = "com.microsoft"
 IR_VERSION = 10
 OPSET = 21
 QUICK_GELU = 1.702  # gate x sigmoid(QUICK_GELU x gate)
+EMBEDDED = "inputs_embeds"  # instead of ids, where another graph puts pictures among the tokens
 
 
 def make_model(layout: Layout, producer: str) -> Any:
     """Build the ModelProto: offsets into the data file, no weights."""
-    onnx = require("onnx")
-    graph = _Graph(onnx, layout)
+    graph = _Graph.start(layout)
     _add_decoder(graph)
-    proto = onnx.helper.make_graph(
-        graph.nodes,
-        graph.decoder.family,
-        _inputs(graph),
-        _outputs(graph),
-        [_initializer(onnx, stored) for stored in layout.stored.values()],
-    )
+    return make_proto(graph, graph.decoder.family, _inputs(graph), _outputs(graph), producer)
+
+
+def make_proto(
+    graph: "_Graph", name: str, inputs: list[Any], outputs: list[Any], producer: str
+) -> Any:
+    """The ModelProto of a graph, with those initializers that its nodes take."""
+    onnx, layout = graph.onnx, graph.layout
+    taken = {name for node in graph.nodes for name in node.input}
+    stored = [one for one in layout.stored.values() if one.name in taken]
+    initializers = [_initializer(onnx, one) for one in stored]
+    proto = onnx.helper.make_graph(graph.nodes, name, inputs, outputs, initializers)
     opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(MICROSOFT, 1)]
     return onnx.helper.make_model(
         proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name=producer
@@ -45,6 +51,11 @@ class _Graph:
     nodes: list[Any] = field(default_factory=list)
     constants: dict[tuple[int, ...], str] = field(default_factory=dict)
     numbers: dict[tuple[float, str], str] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, layout: Layout) -> "_Graph":
+        """An empty graph over a layout's tensors."""
+        return cls(require("onnx"), layout)
 
     @property
     def decoder(self) -> Decoder:
@@ -94,7 +105,12 @@ class _Graph:
         """A scalar of the activations' type."""
         return self.number(value, self.layout.recipe.io_dtype)
 
+    def info(self, name: str, dtype: str, shape: Sequence[int | str]) -> Any:
+        """An input or output of the graph."""
+        return self.onnx.helper.make_tensor_value_info(name, self.elem(dtype), shape)
 
+
+Graph = _Graph  # what the other graphs of an artifact are built with
 ONNX_NAMES = {
     "float32": "FLOAT",
     "float16": "FLOAT16",
@@ -109,7 +125,9 @@ def _add_decoder(graph: _Graph) -> None:
     decoder = graph.decoder
     lengths = _add_lengths(graph)
     cos, sin = _add_rope(graph, lengths.total_int64)
-    residual = _scale_embedding(graph, _add_embedding(graph))
+    residual = EMBEDDED
+    if not decoder.vision:
+        residual = _scale_embedding(graph, add_embedding(graph, "input_ids"))
     branch = ""
     for layer in range(decoder.layers):
         prefix = f"model.layers.{layer}"
@@ -175,16 +193,17 @@ def _add_rope(graph: _Graph, total: str) -> tuple[str, str]:
     return cos, sin
 
 
-def _add_embedding(graph: _Graph) -> str:
+def add_embedding(graph: _Graph, ids: str) -> str:
+    """Rows of the embedding, in the type of the activations."""
     recipe, stored, node = graph.layout.recipe, graph.layout.stored, "/embed/gather"
     if bits := graph.layout.schemes.embedding:
         parts = (f"_Q{bits}", "_scales", "_zero_points")
         codes, *rest = [EMBEDDING + part for part in parts if EMBEDDING + part in stored]
         return graph.add(
-            "GatherBlockQuantized", [codes, "input_ids", *rest], node, MICROSOFT,
+            "GatherBlockQuantized", [codes, ids, *rest], node, MICROSOFT,
             bits=bits, block_size=recipe.quantization.block_size, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
-    rows = graph.add("Gather", [EMBEDDING, "input_ids"], node)
+    rows = graph.add("Gather", [EMBEDDING, ids], node)
     if stored[EMBEDDING].dtype == recipe.io_dtype:
         return rows
     return graph.add("Cast", [rows], "/embed/cast", to=graph.elem(recipe.io_dtype))
@@ -310,8 +329,11 @@ def _add_gate(graph: _Graph, node: str, gate: str, up: str) -> str:
 
 def _inputs(graph: _Graph) -> list[Any]:
     info, int64 = graph.onnx.helper.make_tensor_value_info, graph.elem("int64")
+    tokens = ["batch_size", "sequence_length"]
     return [
-        info("input_ids", int64, ["batch_size", "sequence_length"]),
+        graph.info(EMBEDDED, graph.layout.recipe.io_dtype, [*tokens, graph.decoder.hidden])
+        if graph.decoder.vision
+        else info("input_ids", int64, tokens),
         info("attention_mask", int64, ["batch_size", "total_sequence_length"]),
         *_cache(graph, "past_key_values", "past_sequence_length"),
     ]

@@ -11,12 +11,13 @@ from toolkit.decoder import Decoder, Parts, Rows
 from toolkit.errors import require
 
 Tensors = Iterator[tuple[str, NDArray[np.float32]]]
+GRAPHS = ("model.onnx", "embedding.onnx")  # the second where a model sees
 
 
 def dequantize(
     folder: Path, decoder: Decoder, rename: Callable[[str], str] = str
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield (checkpoint name, float32 weights) for every tensor of the decoder.
+    """Yield (checkpoint name, float32 weights) for every tensor of the text decoder.
 
     `rename` turns another converter's names of nodes and initializers into this project's.
     """
@@ -55,10 +56,13 @@ class _Weights:
     def __init__(self, folder: Path, rename: Callable[[str], str]) -> None:
         self._onnx = require("onnx")
         self._folder = folder
-        model = self._onnx.load(str(folder / "model.onnx"), load_external_data=False)
-        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        graphs = [self._load(name) for name in GRAPHS if (folder / name).is_file()]
+        self._tensors = {one.name: one for graph in graphs for one in graph.initializer}
         self._tensors |= {rename(name): tensor for name, tensor in self._tensors.items()}
-        self._nodes = {rename(node.name): node for node in model.graph.node}
+        self._nodes = {rename(node.name): node for graph in graphs for node in graph.node}
+
+    def _load(self, name: str) -> Any:
+        return self._onnx.load(str(self._folder / name), load_external_data=False).graph
 
     def plain(self, name: str) -> NDArray[np.float32]:
         """A float tensor as float32."""

@@ -17,7 +17,8 @@ class OnnxQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_f
     `embedding` bf16 keeps the checkpoint's rows as they are, cast after the look-up; int4 and int8
     are blocks like the linears'. `head` fp16 or fp32 is the type of the activations, unquantized.
     `overrides` go with int4: by module path as the checkpoint spells it, `*` stands for anything,
-    the last match counts, also before `embedding` and `head`.
+    the last match counts, also before `embedding` and `head`. `vision` is the kind of the tower's
+    matrices, where there is one: int8 unless it says fp16 or fp32.
     """
 
     precision: Literal["int4", "fp16", "fp32"]
@@ -26,6 +27,7 @@ class OnnxQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_f
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
     embedding: Literal["int4", "int8", "bf16", "fp16", "fp32"] = "bf16"
     head: Literal["int4", "int8", "fp16", "fp32"] = "int4"
+    vision: Literal["int4", "int8", "fp16", "fp32"] | None = None
     overrides: dict[str, Kind] = msgspec.field(default_factory=dict)
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.errors import require
+from toolkit.runner.engines.onnxruntime_genai import make_inputs
+from toolkit.runner.images import Pixels
 
 
 class OnnxSession:
@@ -38,6 +40,13 @@ class OnnxSession:
         """float32 [len(ids), vocabulary]."""
         generator = self._generator(len(ids) + 1)
         generator.append_tokens(np.array([ids], np.int32))
+        logits: NDArray[np.float32] = np.asarray(generator.get_output("logits"))[0].astype("f4")
+        return logits
+
+    def picture_logits(self, ids: list[int], pixels: Pixels) -> NDArray[np.float32]:
+        """float32 [len(ids), vocabulary]; ids below 0 stand for the pictures' rows, in order."""
+        generator = self._generator(len(ids) + 1)
+        generator.set_inputs(make_inputs(self._genai, ids, pixels))
         logits: NDArray[np.float32] = np.asarray(generator.get_output("logits"))[0].astype("f4")
         return logits
 

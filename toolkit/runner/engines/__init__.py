@@ -13,6 +13,7 @@ A Model offers:
     reused_tokens               of the last prompt, how many were still in the cache; None: unknown
     encode(text) -> list[int]                     special tokens parsed, nothing added
     generate(prompt_ids, new_tokens, sampling) -> generator of (token id, text); closing it ends it
+        one whose artifacts see also takes pixels=images.Pixels, for which ids below 0 stand
     close()
 One generation at a time; a Model may be used from any thread, and a generation be closed from
 another than the one that began it.

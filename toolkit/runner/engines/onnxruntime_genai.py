@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..failure import Failure
+from ..images import Pixels
 from ..settings import GREEDY, Sampling, Settings, check_offered
 from ._prefix import count_common
 from ._sampling import make_chooser
@@ -26,8 +27,12 @@ OFFERED: dict[str, tuple[int, ...]] = {"threads": (), "batch_tokens": ()}
 # Providers whose generator can go on after an answer, and was seen to.
 KEEPING = {"cpu", "cuda"}
 # Where the engine takes LongRoPE to switch, by its type of model (Generator in generators.cpp):
-# at the first token beyond, it computes the whole sequence anew with the long factors.
-SWITCHES = {"phi3": 4096, "phimoe": 4096, "phi3small": 8192}
+# at the first token beyond, it computes the whole sequence anew with the long factors. With phi3v
+# it does not, and would go on with keys of short ones: there we do.
+SWITCHES = {"phi3": 4096, "phi3v": 4096, "phimoe": 4096, "phi3small": 8192}
+# Types whose generators cannot be rewound, and so are not kept. Ids of pictures say nothing of what
+# they show: one that could would have to be asked for its pictures too.
+ONE_WAY = {"phi3v"}
 
 
 @dataclass
@@ -37,6 +42,7 @@ class _Kept:
     generator: Any
     capacity: int
     tokens: list[int]
+    pixels: Pixels | None = None
 
 
 class Model:
@@ -50,7 +56,9 @@ class Model:
         self.reused_tokens = 0
         self._kept: _Kept | None = None
         try:
-            self._switch, self._context_length = read_switch(folder / "genai_config.json")
+            config = folder / "genai_config.json"
+            self._switch, self._context_length = read_switch(config)
+            self._rewinds = read_type(config) not in ONE_WAY
             self._model = genai.Model(_configure(genai, folder, provider, settings))
             self._tokenizer = genai.Tokenizer(self._model)
         except (RuntimeError, OSError, ValueError, KeyError) as error:
@@ -64,12 +72,16 @@ class Model:
         return [int(token) for token in self._tokenizer.encode(text)]
 
     def generate(
-        self, prompt_ids: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY
+        self,
+        prompt_ids: Sequence[int],
+        new_tokens: int,
+        sampling: Sampling = GREEDY,
+        pixels: Pixels | None = None,
     ) -> Generator[tuple[int, str], None, None]:
-        """Yield up to `new_tokens` (token id, text) pairs."""
+        """Yield up to `new_tokens` (token id, text) pairs; ids below 0 stand for `pixels`."""
         choose = make_chooser(sampling) if sampling.temperature > 0 else None
         stream = self._tokenizer.create_stream()
-        kept, self._kept = self._begin(list(prompt_ids), new_tokens), None
+        kept, self._kept = self._begin(list(prompt_ids), new_tokens, pixels), None
         last: int | None = None
         for _ in range(new_tokens):
             if last is not None:
@@ -79,7 +91,7 @@ class Model:
             except RuntimeError as error:
                 self._kept = None
                 raise Failure("engine", f"onnxruntime-genai failed: {error}") from None
-            if self.provider in KEEPING:
+            if self.provider in KEEPING and self._rewinds:
                 self._kept = kept
             yield last, stream.decode(last)
             if kept.generator.is_done():
@@ -90,7 +102,7 @@ class Model:
         self._kept = None
         del self._tokenizer, self._model
 
-    def _begin(self, prompt_ids: list[int], new_tokens: int) -> _Kept:
+    def _begin(self, prompt_ids: list[int], new_tokens: int, pixels: Pixels | None) -> _Kept:
         """Return a generator that has seen the prompt: the kept one when it has room."""
         needed, kept = len(prompt_ids) + new_tokens, self._kept
         self._kept = None
@@ -99,8 +111,10 @@ class Model:
         try:
             kept = kept or self._make(self._choose_capacity(needed))
             self.reused_tokens = count_common(kept.tokens, prompt_ids)
-            kept.generator.rewind_to(self.reused_tokens)
-            self._append(kept.generator, prompt_ids, self.reused_tokens)
+            if kept.tokens:
+                kept.generator.rewind_to(self.reused_tokens)
+            kept.pixels = pixels
+            self._append(kept, prompt_ids, self.reused_tokens)
         except RuntimeError as error:
             raise Failure("engine", f"onnxruntime-genai failed: {error}") from None
         kept.tokens = prompt_ids
@@ -123,11 +137,16 @@ class Model:
         params.set_search_options(max_length=capacity, do_sample=False, num_beams=1)
         return _Kept(self._genai.Generator(self._model, params), capacity, [])
 
-    def _append(self, generator: Any, prompt_ids: Sequence[int], start: int) -> None:
+    def _append(self, kept: _Kept, prompt_ids: Sequence[int], start: int) -> None:
         """Compute the prompt from `start`, `batch_tokens` at once.
 
-        Beyond LongRoPE's switch in one piece: the first ones would have keys of short factors.
+        Beyond LongRoPE's switch in one piece: the first ones would have keys of short factors. So
+        also with pictures, which the engine takes with the first piece alone.
         """
+        generator = kept.generator
+        if kept.pixels is not None:
+            generator.set_inputs(make_inputs(self._genai, prompt_ids, kept.pixels))
+            return
         size = self._settings.batch_tokens or len(prompt_ids)
         if len(prompt_ids) > self._switch:
             size = len(prompt_ids)
@@ -136,8 +155,12 @@ class Model:
 
     def _step(self, kept: _Kept, choose: Callable[[Any], int] | None) -> int:
         """Return the next token; the engine's own choice is the likeliest."""
+        if not self._rewinds and len(kept.tokens) == self._switch + 1:
+            kept.generator = None  # its memory goes before the next one's comes
+            kept.generator = self._make(kept.capacity).generator
+            self._append(kept, kept.tokens, 0)
         generator = kept.generator
-        if choose and len(kept.tokens) == self._switch + 1:
+        if choose and self._rewinds and len(kept.tokens) == self._switch + 1:
             # The engine would compute the sequence anew after our choice, and choose again.
             generator.rewind_to(0)
             generator.append_tokens(kept.tokens)
@@ -162,14 +185,36 @@ def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Mod
     return Model(genai, (folder / main_file).parent, provider, settings)
 
 
+def make_inputs(genai: Any, ids: Sequence[int], pixels: Pixels) -> Any:
+    """Return what a generator takes of ids, below 0 where pictures stand, and their pixels."""
+    import numpy as np
+
+    inputs = genai.NamedTensors()
+    inputs["input_ids"] = np.array([ids], np.int32)
+    inputs["pixel_values"] = pixels.values
+    inputs["image_sizes"] = pixels.sizes
+    inputs["num_image_tokens"] = np.array(pixels.counts, np.int64)
+    return inputs
+
+
 def read_switch(config: Path) -> tuple[int, int]:
     """Return the length beyond which LongRoPE's long factors hold, and the context's.
 
     A model without LongRoPE has a context that ends there, or a switch that changes nothing.
     """
-    model = json.loads(config.read_text(encoding="utf-8"))["model"]
+    model = _read_model(config)
     context_length = int(model["context_length"])
     return SWITCHES.get(model["type"], context_length), context_length
+
+
+def read_type(config: Path) -> str:
+    """Return the engine's type of model."""
+    return str(_read_model(config)["type"])
+
+
+def _read_model(config: Path) -> dict[str, Any]:
+    model: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))["model"]
+    return model
 
 
 def _configure(genai: Any, folder: Path, provider: str, settings: Settings) -> Any:

@@ -6,12 +6,14 @@ refused, as OpenAI does: a misspelt limit that is passed over costs minutes on a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..chat import render_chat
 from ..manifest import Chat
 from ..settings import GREEDY, Sampling
+from .pictures import Eyes
 from .refusal import refuse
 from .strict import show
 
@@ -71,7 +73,8 @@ NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
 class Asked:
     """A request that can be answered; `text` is the whole prompt, without the first token.
 
-    `model` and `max_tokens` are None when the request names none.
+    `model` and `max_tokens` are None when the request names none. `pictures` are what the marks in
+    the text stand for.
     """
 
     model: str | None
@@ -82,6 +85,7 @@ class Asked:
     is_chat: bool
     streams: bool
     includes_usage: bool
+    pictures: tuple[bytes | Path, ...] = ()
 
     @property
     def prompt_field(self) -> str:
@@ -89,12 +93,16 @@ class Asked:
         return "messages" if self.is_chat else "prompt"
 
 
-def read_chat(data: dict[str, Any], chat: Chat) -> Asked:
-    """Check a body of /chat/completions; Refusal names the first field at fault."""
+def read_chat(data: dict[str, Any], chat: Chat, eyes: Eyes | None = None) -> Asked:
+    """Check a body of /chat/completions; Refusal names the first field at fault.
+
+    Pictures go to `eyes`, which a model that reads text only has not.
+    """
     taken = TAKEN | {"messages", "max_completion_tokens"}
     body = _take_known(data, taken, NEUTRAL_CHAT)
-    messages = _read_messages(body.get("messages"), set(chat.turns))
-    return _read_common(body, render_chat(chat, messages), is_chat=True)
+    messages = _read_messages(body.get("messages"), set(chat.turns), eyes)
+    asked = _read_common(body, render_chat(chat, messages), is_chat=True)
+    return replace(asked, pictures=tuple(eyes.found)) if eyes else asked
 
 
 def read_completion(data: dict[str, Any]) -> Asked:
@@ -144,13 +152,15 @@ def _is_same(value: Any, other: Any) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
-def _read_messages(messages: Any, roles: set[str]) -> list[tuple[str, str]]:
+def _read_messages(messages: Any, roles: set[str], eyes: Eyes | None) -> list[tuple[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise refuse("messages has to be a list of at least one message", "messages")
-    return [_read_message(one, f"messages[{place}]", roles) for place, one in enumerate(messages)]
+    return [
+        _read_message(one, f"messages[{place}]", roles, eyes) for place, one in enumerate(messages)
+    ]
 
 
-def _read_message(message: Any, where: str, roles: set[str]) -> tuple[str, str]:
+def _read_message(message: Any, where: str, roles: set[str], eyes: Eyes | None) -> tuple[str, str]:
     if not isinstance(message, dict):
         raise refuse(f"{where} has to be an object", where)
     body = _take_known(message, {"role", "content", "name"}, NEUTRAL_MESSAGE, f"{where}.")
@@ -161,10 +171,10 @@ def _read_message(message: Any, where: str, roles: set[str]) -> tuple[str, str]:
         found = show(role) if isinstance(role, str) else "no text"
         message = f"{where}.role is {found}; this model knows {', '.join(sorted(roles))}"
         raise refuse(message, f"{where}.role")
-    return role, _read_content(body.get("content"), f"{where}.content")
+    return role, _read_content(body.get("content"), f"{where}.content", eyes)
 
 
-def _read_content(content: Any, where: str) -> str:
+def _read_content(content: Any, where: str, eyes: Eyes | None) -> str:
     """Return a message's text; its parts follow one another with nothing in between."""
     if isinstance(content, str):
         return content
@@ -174,6 +184,10 @@ def _read_content(content: Any, where: str) -> str:
     for place, part in enumerate(content):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise refuse(f"{where}[{place}] has to be an object with a type", where)
+        if part["type"] == "image_url" and eyes:
+            _take_known(part, {"type", "image_url"}, {}, f"{where}[{place}].")
+            texts.append(eyes.take(part, f"{where}[{place}]"))
+            continue
         if part["type"] != "text":
             message = f"{where}[{place}] is of type {show(part['type'])}; this model reads text"
             raise refuse(message, where, "unsupported_content")

@@ -11,8 +11,17 @@ import time
 import traceback
 from collections import deque
 
-from ..answer import Answer, Question, check_length, count_context, encode_text, stream_answer
+from ..answer import (
+    Answer,
+    Question,
+    check_length,
+    count_context,
+    encode_pictures,
+    encode_text,
+    stream_answer,
+)
 from ..failure import Failure
+from ..images import Pixels, prepare, read_image
 from ..loading import Loaded
 from .api import Asked
 from .metrics import Metrics
@@ -164,8 +173,10 @@ class Line:
         if job.is_cancelled:
             return
         try:
-            prompt_ids = encode_text(self._loaded, job.asked.text)
+            prompt_ids, pixels = self._read(job.asked)
         except Failure as failure:
+            if failure.kind == "runtime":  # Pillow is missing; the engine is well
+                raise Refusal(501, str(failure), code="no_pictures_here") from None
             if failure.kind != "request":
                 raise
             raise refuse(str(failure), job.asked.prompt_field) from None
@@ -177,7 +188,7 @@ class Line:
         job.put("")
         asked = job.asked
         question = Question(
-            prompt_ids, max_tokens, asked.sampling, asked.stops, keeps_space=not asked.is_chat
+            prompt_ids, max_tokens, asked.sampling, asked.stops, not asked.is_chat, pixels
         )
         counted = 0
         with contextlib.closing(stream_answer(self._loaded, question, job.answer)) as stream:
@@ -188,6 +199,17 @@ class Line:
                 if piece:
                     job.put(piece)
         self._count(job.answer, counted)
+
+    def _read(self, asked: Asked) -> tuple[list[int], Pixels | None]:
+        """Return the prompt's ids, and its pictures; Failure `request` for what cannot be read."""
+        vision = self._loaded.manifest.vision
+        if not asked.pictures or vision is None:
+            return encode_text(self._loaded, asked.text), None
+        pictures = [
+            read_image(one, f"picture {number}") for number, one in enumerate(asked.pictures, 1)
+        ]
+        pixels = prepare(pictures, vision)
+        return encode_pictures(self._loaded, asked.text, pixels.counts), pixels
 
     def _count(self, answer: Answer, counted: int) -> int:
         new = len(answer.token_ids)

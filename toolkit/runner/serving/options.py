@@ -34,6 +34,7 @@ class Limits:
 class ServeOptions:
     """What `serve` is asked; `model` is the name it answers to, the artifact's own if None.
 
+    `image_folder` is where file: URLs of pictures may point; None allows none.
     `until_eof` stops it when standard input ends, for a parent that may die.
     """
 
@@ -46,6 +47,7 @@ class ServeOptions:
     grace_s: float = 15.0  # for answers under way when the server is told to stop
     until_eof: bool = False
     as_json: bool = False
+    image_folder: Path | None = None
     limits: Limits = Limits()
 
 

@@ -11,6 +11,7 @@ from .answers import DONE, Frame, describe_model, encode_event
 from .api import Asked, read_chat, read_completion
 from .exchange import Exchange, Page, make_page
 from .jobs import Job
+from .pictures import Eyes
 from .refusal import Gone, Refusal
 from .service import Service
 from .strict import parse_object, show
@@ -91,7 +92,9 @@ async def _show_model(call: Call) -> None:
 
 
 async def _chat(call: Call) -> None:
-    asked = read_chat(parse_object(call.body), call.service.loaded.manifest.chat)
+    manifest = call.service.loaded.manifest
+    eyes = Eyes(call.service.options.image_folder) if manifest.vision else None
+    asked = read_chat(parse_object(call.body), manifest.chat, eyes)
     await _generate(call.exchange, call.service, asked)
 
 

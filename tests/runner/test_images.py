@@ -1,0 +1,196 @@
+"""Pictures from files, whole and bad, to the crops that the source's own processor cuts."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from tests.golden.vision_cases import GOLDEN, wide_picture
+from tests.vision_checkpoints import PREPROCESSOR, draw
+from toolkit.runner.failure import Failure
+from toolkit.runner.images import (
+    MOST_BYTES,
+    count_tokens,
+    cut_crops,
+    place_picture,
+    prepare,
+    prepare_files,
+    read_image,
+)
+from toolkit.runner.manifest import Vision
+
+MEAN, STD = (tuple(PREPROCESSOR[key]) for key in ("image_mean", "image_std"))
+VISION = Vision(336, 12, 16, MEAN, STD)
+PICTURE = draw(60, 40, 3)
+ROTATED = 6  # EXIF: the camera was held upright, its picture lies on the left side
+ORIENTATION = 0x0112
+
+
+def encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def difference(found: Image.Image, expected: Image.Image) -> float:
+    return float(np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32)).mean())
+
+
+def make_png(width: int, height: int) -> bytes:
+    """A PNG that says a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(bytes(100))), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF"])
+def test_a_lossless_file_is_the_picture(kind: str, tmp_path: Path) -> None:
+    picture = PICTURE if kind != "GIF" else PICTURE.quantize(64).convert("RGB")
+    path = tmp_path / "picture"
+    path.write_bytes(encode(picture, kind))
+    assert difference(read_image(path, "it"), picture) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGB"), ("PNG", "RGBA"),
+     ("PNG", "L"), ("PNG", "P"), ("PNG", "1"), ("PNG", "LA")],
+)  # fmt: skip
+def test_any_colours_become_rgb(kind: str, mode: str) -> None:
+    picture = PICTURE.convert(mode)
+    found = read_image(encode(picture, kind), "it")
+    assert found.mode == "RGB"
+    # JPEG and WebP lose some of the drawing's sharp edges.
+    assert difference(found, picture.convert("RGB")) < (12 if kind in ("JPEG", "WEBP") else 1)
+
+
+def test_an_inverted_cmyk_would_be_seen() -> None:
+    white = read_image(encode(Image.new("RGB", (16, 16), "white").convert("CMYK"), "JPEG"), "it")
+    assert np.asarray(white).min() > 240
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_is_turned_as_its_camera_says(kind: str) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = ROTATED
+    found = read_image(encode(PICTURE, kind, exif=exif, quality=95), "it")
+    assert found.size == PICTURE.size[::-1]
+    turned = PICTURE.transpose(Image.Transpose.ROTATE_270)
+    assert difference(found, turned) < 12
+    assert difference(found, ImageOps.flip(turned)) > 24
+
+
+def test_a_phones_preview_is_no_animation() -> None:
+    data = encode(PICTURE, "MPO", save_all=True, append_images=[draw(30, 20, 4)], quality=95)
+    assert difference(read_image(data, "it"), PICTURE) < 12
+
+
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "is empty"),
+    "text": (lambda: b"no picture at all", "is no picture that can be read"),
+    "svg": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no picture"),
+    "postscript": (lambda: encode(PICTURE, "EPS"), "is no picture"),
+    "zero": (lambda: make_png(0, 10), "is no picture|has 0 x 10 pixels"),
+    "bomb": (lambda: make_png(30_000, 30_000), "has more than|has 30000 x 30000 pixels"),
+    "large": (lambda: make_png(8200, 8200), "has 8200 x 8200 pixels; allowed are 67,108,864"),
+    "cut-png": (lambda: encode(PICTURE, "PNG")[:600], "is a damaged picture"),
+    "cut-jpeg": (lambda: encode(PICTURE, "JPEG")[:700], "is a damaged picture"),
+    "hollow": (lambda: make_png(60, 40), "is a damaged picture"),
+    **{
+        f"animated-{kind}": (
+            lambda kind=kind: encode(  # type: ignore[misc]
+                PICTURE, kind, save_all=True, append_images=[draw(60, 40, 4)]
+            ),
+            r"is animated \(2 frames\)",
+        )
+        for kind in ("GIF", "WEBP", "PNG")
+    },
+}
+
+
+@pytest.mark.parametrize("which", BAD)
+def test_a_bad_picture_is_refused_in_a_sentence(which: str) -> None:
+    make, said = BAD[which]
+    with pytest.raises(Failure, match=f"it: ({said})") as caught:
+        read_image(make(), "it")
+    assert caught.value.kind == "request"
+    assert "give one still picture" in caught.value.advice
+
+
+def test_bad_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="cannot be read: No such file"):
+        read_image(tmp_path / "none.png", "none.png")
+    with pytest.raises(Failure, match="cannot be read: Is a directory"):
+        read_image(tmp_path, "a folder")
+    large = tmp_path / "large.png"
+    with large.open("wb") as stream:
+        stream.truncate(MOST_BYTES + 1)
+    with pytest.raises(Failure, match="has more than the 67,108,864 bytes allowed"):
+        read_image(large, "large.png")
+
+
+def test_a_model_that_reads_text_only_says_so(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="mini reads no pictures"):
+        prepare_files([tmp_path / "a.png"], None, "mini")
+
+
+def test_a_line_is_too_narrow() -> None:
+    with pytest.raises(Failure, match="10000 x 1 pixels: is too narrow"):
+        prepare([Image.new("RGB", (10_000, 1))], VISION)
+
+
+@pytest.mark.parametrize(
+    ("size", "crops", "canvas", "tokens"),
+    [
+        # 1008 x 1344 and its 1,921 tokens: what the published processor makes of 640 x 480.
+        ((640, 480), 16, (1344, 1008), 1921),
+        ((300, 500), 16, (1008, 1680), 2377),
+        ((336, 336), 16, (1344, 1344), 2509),
+        ((336, 336), 4, (672, 672), 757),
+        ((1344, 336), 16, (2688, 672), 2485),
+        ((336, 336), 1, (336, 336), 313),
+    ],
+)
+def test_grid_and_count_are_the_sources(
+    size: tuple[int, int], crops: int, canvas: tuple[int, int], tokens: int
+) -> None:
+    vision = Vision(336, 12, crops, MEAN, STD)
+    grid = place_picture(*size, vision)
+    assert grid.canvas == canvas
+    assert count_tokens(canvas[1] // 336, canvas[0] // 336, vision) == tokens
+
+
+def test_the_global_crop_is_torchs_bicubic() -> None:
+    """F.interpolate without antialias, on 3 x 4 crops: an odd and an even scale."""
+    found = cut_crops([wide_picture()], VISION).values[0, 0]
+    # float32, and torch adds in another order: 2.4e-7 measured.
+    np.testing.assert_allclose(found[:, ::16, ::16], np.load(GOLDEN)["small"], atol=2e-6)
+
+
+def test_crops_are_the_canvas_line_by_line() -> None:
+    pixels = cut_crops([wide_picture()], VISION)
+    assert pixels.sizes.tolist() == [[1008, 1344]]
+    crop = wide_picture()[:, 336:672, 672:1008]  # second line, third crop
+    assert np.array_equal(pixels.values[0, 1 + 4 + 2], crop)
+
+
+def test_the_margin_is_white_and_above_and_below() -> None:
+    pixels = prepare([Image.new("RGB", (640, 480), "black")], VISION)
+    # 1344 x 1008 is filled; 640 x 300 leaves a margin.
+    assert pixels.values[0, 1:].max() < 0
+    margin = prepare([Image.new("RGB", (640, 300), "black")], Vision(336, 12, 2, MEAN, STD))
+    white = (1 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    np.testing.assert_allclose(margin.values[0, 1, :, 0, 0], white, rtol=1e-6)
+    np.testing.assert_allclose(margin.values[0, 1, :, -1, 0], white, rtol=1e-6)
+    assert (margin.values[0, 1, :, 168] < 0).all()

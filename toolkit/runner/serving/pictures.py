@@ -1,0 +1,75 @@
+"""Pictures in a request: bytes in a data: URL, or files of a folder that the server may read.
+
+Nothing is ever fetched from the network: a server that opens any address for its clients opens
+those that they cannot reach themselves.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+import urllib.parse
+from base64 import b64decode
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..pictures import PICTURE
+from .refusal import Refusal, refuse
+
+MOST_PICTURES = 16
+BODY_BYTES = 32 << 20  # of a request to a model that reads pictures
+DATA_URL = re.compile(r"data:image/[\w.+-]{1,60};base64,")
+DETAILS = ("auto", "low", "high")  # crops are the model's own, whatever is asked
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """What a request may show, and what it did, in order; `folder` None allows no files."""
+
+    folder: Path | None = None
+    found: list[bytes | Path] = field(default_factory=list)
+
+    def take(self, part: dict[str, Any], where: str) -> str:
+        """Keep the picture of an image_url part; returns the mark that stands for it."""
+        value = part.get("image_url")
+        url = value.get("url") if isinstance(value, dict) else None
+        if not isinstance(value, dict) or not isinstance(url, str):
+            raise refuse(f"{where}.image_url has to be an object with a url", where)
+        if unknown := set(value) - {"url", "detail"}:
+            raise refuse(f"{where}.image_url has a field {min(unknown)!a:.60}", where)
+        if value.get("detail", "auto") not in DETAILS:
+            raise refuse(f"{where}.image_url.detail has to be one of {', '.join(DETAILS)}", where)
+        if len(self.found) >= MOST_PICTURES:
+            raise refuse(f"a request can have {MOST_PICTURES} pictures", where)
+        self.found.append(self._read(url, where))
+        return f"{PICTURE}\n"
+
+    def _read(self, url: str, where: str) -> bytes | Path:
+        if found := DATA_URL.match(url):
+            try:
+                return b64decode(url[found.end() :], validate=True)
+            except binascii.Error:
+                raise refuse(f"{where}: its data: URL is not base64", where) from None
+        if url.startswith("file:"):
+            return self._find(url, where)
+        raise _refuse_url(where, "can only be a data: URL of an image in base64")
+
+    def _find(self, url: str, where: str) -> Path:
+        """The file of a URL inside the folder, links followed; Refusal tells nothing of others."""
+        parts = urllib.parse.urlsplit(url)
+        if self.folder is None:
+            raise _refuse_url(where, "names a file, which this server does not read")
+        try:
+            path = Path(urllib.parse.unquote(parts.path)).resolve()
+            is_inside = path.is_relative_to(self.folder.resolve()) and path.is_file()
+        except (OSError, ValueError):  # a name with NUL, a loop of links
+            is_inside = False
+        if parts.netloc not in ("", "localhost") or not is_inside:
+            raise _refuse_url(where, "names no file of the folder that this server reads")
+        return path
+
+
+def _refuse_url(where: str, what: str) -> Refusal:
+    message = f"{where}: its url {what}; nothing is fetched from the network"
+    return refuse(message, where, "unsupported_content")
