@@ -47,6 +47,14 @@ def test_build_and_check(checkpoint: Path, tmp_path: Path, kind: str) -> None:
     assert weights.returncode not in (0, 1)
 
 
+def test_mixes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = "phi-3.5-moe-onnx-cpu-int4"
+    where = ("--checkpoint", str(checkpoint), "--out", str(tmp_path))
+    built = run("build", recipe, *where, "--max-size", "5MB")
+    assert "has experts: matrices cannot be measured one by one" in built.stderr
+    assert "Traceback" not in built.stderr
+
+
 @pytest.mark.parametrize(
     ("recipe", "target", "fits"),
     [
