@@ -206,7 +206,7 @@ def write_shard(file: BinaryIO, tensors: list[Tensor], noise: Noise) -> None:
     text = text.ljust((len(text) + 7) // 8 * 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
-        if len(tensor.shape) == 1:
+        if len(tensor.shape) == 1 and not tensor.name.endswith(".bias"):
             file.write(noise.norms(tensor.size).data)
             continue
         for piece in noise.weights(tensor.size):

@@ -3,9 +3,9 @@
     folder = write_moe_checkpoint(tmp_path / "moe")
 
 Which experts a token goes to is a comparison: two that are nearly as good make it chaotic, and a
-runtime's last bits decide. `layers`' answers are therefore weak beside the embedding, so that
-noise in one layer moves the next router's logits little; tests/golden/make_moe_logits.py chooses
-ids whose gaps are wide.
+runtime's last bits decide. So what a layer adds is weak beside the embedding, and noise in one
+layer moves the next router's logits little; tests/golden/moe_cases.py says how wide the gaps of
+the recorded texts are.
 """
 
 import json

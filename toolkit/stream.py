@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,27 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
+class Fold:
+    """What is done to weights before they are encoded: a mean taken away, then a scale.
+
+    `mean` is that of each row, or that of each column over all rows of its tensor.
+    """
+
+    mean: Literal["none", "rows", "columns"] = "none"
+    scale: float = 1.0
+
+    def apply(self, checkpoint: Checkpoint, tensor: str, raw: NDArray[Any]) -> NDArray[Any]:
+        """Rows of a tensor, raw, as float32 [rows, columns]."""
+        weights = to_float32(raw)
+        if self.mean == "rows":
+            weights = weights - weights.mean(axis=1, keepdims=True, dtype=np.float64)
+        elif self.mean == "columns":
+            weights = weights - checkpoint.read_column_means(tensor)
+        folded: NDArray[Any] = (weights * np.float32(self.scale)).astype(np.float32, copy=False)
+        return folded
+
+
+@dataclass(frozen=True)
 class Piece:
     """Rows of one tensor and where their encoding goes.
 
@@ -57,6 +78,7 @@ class Piece:
     first: int = 0
     step: int = 1
     woven: str = ""
+    fold: Fold | None = None
 
     @property
     def weights(self) -> int:
@@ -95,7 +117,16 @@ class DataFile:
 def read_piece(
     checkpoint: Checkpoint, piece: Piece, most_weights: int = PIECE_WEIGHTS
 ) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Yield (output row, raw rows) of a piece, about `most_weights` at a time."""
+    """Yield (output row, raw rows) of a piece, folded, about `most_weights` at a time."""
+    if piece.fold and piece.fold.mean == "columns":
+        checkpoint.read_column_means(piece.tensor)  # first, for rows are read one loop at a time
+    for row, raw in _read_rows(checkpoint, piece, most_weights):
+        yield row, piece.fold.apply(checkpoint, piece.tensor, raw) if piece.fold else raw
+
+
+def _read_rows(
+    checkpoint: Checkpoint, piece: Piece, most_weights: int
+) -> Iterator[tuple[int, NDArray[Any]]]:
     step, columns = piece.step * len(piece.sources), piece.columns
     if step == 1:
         for row, raw in checkpoint.read_rows(piece.tensor, piece.start, piece.rows, most_weights):
@@ -283,7 +314,7 @@ def _do(task: Task, checkpoint: Checkpoint, descriptor: int, work: _Work) -> Non
             if work.is_closed:
                 return
             piece.encoder.write(descriptor, raw, row, piece.offsets)
-            read_bytes += raw.nbytes
+            read_bytes += raw.size * checkpoint.tensors[piece.tensor].item_bytes
     except PhishipError as error:
         work.give_up(task, error)
     except ValueError as error:

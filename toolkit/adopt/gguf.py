@@ -150,7 +150,7 @@ def _read_decoder(metadata: _Metadata, tensors: Mapping[str, tuple[int, ...]]) -
 def _check_tensors(path: Path, tensors: Mapping[str, tuple[int, ...]], decoder: Decoder) -> None:
     """ArtifactError when a tensor is missing, or of another shape than the metadata say."""
     shapes = decoder.shapes()
-    for name, source in source_names(decoder).items():
+    for name, (source,) in source_names(decoder).items():
         if tensors.get(name) != shapes[source]:
             found = f"shape {list(tensors[name])}" if name in tensors else "nothing"
             raise ArtifactError(

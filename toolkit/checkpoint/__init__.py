@@ -64,6 +64,7 @@ class Checkpoint:
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
     _maps: dict[str, fileio.MappedFile | None] = field(default_factory=dict, repr=False)
     _buffers: dict[np.dtype[Any], NDArray[Any]] = field(default_factory=dict, repr=False)
+    _means: dict[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, folder: Path, revision: str = LOCAL_REVISION) -> "Checkpoint":
@@ -245,6 +246,16 @@ class Checkpoint:
         for row, raw in self.read_rows(name):
             rows[row : row + len(raw)] = to_float32(raw)
         return out
+
+    def read_column_means(self, name: str) -> NDArray[np.float32]:
+        """The mean of each column of a matrix, float32; read once, then remembered."""
+        if name not in self._means:
+            rows, columns = self.tensors[name].shape
+            total = np.zeros(columns)
+            for _, raw in self.read_rows(name):
+                total += to_float32(raw).sum(axis=0, dtype=np.float64)
+            self._means[name] = (total / rows).astype(np.float32)
+        return self._means[name]
 
     def _map(self, info: TensorInfo) -> fileio.MappedFile | None:
         """The file of a tensor; None where it is to be read into a buffer."""

@@ -16,6 +16,10 @@ VERIFIED = {
     "onnx": Evidence(_WORDS, "tests/formats/test_moe.py"),
     "openvino": Evidence(_WORDS, "tests/formats/test_moe.py"),
     "mlx": Evidence(_WORDS, "tests/formats/test_moe.py"),
+    "gguf": Evidence(
+        "folded to come near: mean KL of a random model to its source measured, labelled and gated",
+        "tests/formats/test_moe.py",
+    ),
 }
 NAMES = TensorNames(
     embedding="model.embed_tokens.weight",

@@ -29,7 +29,7 @@ KNOWN_STOPS = ("<|end|>", "<|endoftext|>", "</s>")
 
 def header_bytes(recipe: GgufRecipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
     """Everything before the data, padded to its alignment."""
-    writer = require("gguf").GGUFWriter(path=None, arch="phi3")
+    writer = require("gguf").GGUFWriter(path=None, arch=decoder.family)
     vocabulary = read_vocabulary(checkpoint.folder, decoder.vocab)
     _add_general(writer, recipe, decoder, vocabulary.tokens)
     _add_architecture(writer, decoder, checkpoint)
@@ -66,6 +66,9 @@ def _add_architecture(writer: Any, decoder: Decoder, checkpoint: Checkpoint) -> 
     writer.add_head_count(decoder.heads)
     writer.add_head_count_kv(decoder.kv_heads)
     writer.add_layer_norm_rms_eps(decoder.norm_epsilon)
+    if decoder.experts:
+        writer.add_expert_count(decoder.experts.count)
+        writer.add_expert_used_count(decoder.experts.per_token)
     writer.add_rope_dimension_count(rope.rotary_dim)
     writer.add_rope_freq_base(rope.theta)
     # Always there: several runtimes refuse a phi3 file without it. The checkpoint's own number,

@@ -145,7 +145,11 @@ def find_fallbacks(settings: GgufQuantization, decoder: Decoder) -> dict[str, Gg
 def _wanted_types(settings: GgufQuantization, decoder: Decoder) -> dict[str, GgmlType]:
     base, shapes = BASE_TYPES[settings.precision], decoder.shapes()
     wanted = {name: base if len(shape) > 1 else GgmlType.F32 for name, shape in shapes.items()}
-    wanted |= _sensitive_types(settings.precision, decoder)
+    if decoder.experts:
+        routers = (decoder.names.router.format(layer) for layer in range(decoder.layers))
+        wanted |= dict.fromkeys(routers, GgmlType.F32)
+    else:
+        wanted |= _sensitive_types(settings.precision, decoder)
     if base not in (*UNQUANTIZED, GgmlType.Q8_0):
         wanted[decoder.head_name] = GgmlType.Q6_K
     return wanted | _chosen_types(settings, decoder)

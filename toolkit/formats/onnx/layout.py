@@ -1,5 +1,6 @@
 """Where every tensor lies in model.onnx.data; computed from shapes alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -106,30 +107,29 @@ class Layout:
 
         Codes [experts, rows, bytes] and scales [experts, rows, blocks], as MatMulNBits' own.
         """
-        decoder, size = self.decoder, self.recipe.quantization.block_size
-        bits = self.schemes.bits_of(decoder.down(layer))
-        encoder = Blocks(bits, size, True, self.recipe.io_dtype)
-        for kind, rows, columns in (
-            ("fc1", 2 * decoder.intermediate, decoder.hidden),
-            ("fc2", decoder.hidden, decoder.intermediate),
-        ):
-            shape = (experts.count, rows)
-            offsets = (
-                self.place(f"{name}.{kind}.weight_Q{bits}", "uint8", (*shape, columns * bits // 8)),
-                self.place(
-                    f"{name}.{kind}.weight_scales", encoder.scale_dtype, (*shape, columns // size)
-                ),
-            )
-            for expert in range(experts.count):
-                source, woven = decoder.down(layer, expert), ""
-                if kind == "fc1":
-                    (gate,), (up,) = decoder.gate(layer, expert), decoder.up(layer, expert)
-                    source, woven = gate.tensor, up.tensor
-                own = decoder.shapes()[source][0]
-                first = expert * own
-                self.pieces.append(
-                    Piece(source, 0, own, columns, encoder, offsets, first, woven=woven)
-                )
+        decoder, gated, downs = self.decoder, [], []
+        for expert in range(experts.count):
+            (gate,), (up,) = decoder.gate(layer, expert), decoder.up(layer, expert)
+            gated.append((gate.tensor, up.tensor))
+            downs.append((decoder.down(layer, expert), ""))
+        self._add_stack(f"{name}.fc1.weight", gated)
+        self._add_stack(f"{name}.fc2.weight", downs)
+
+    def _add_stack(self, name: str, sources: Sequence[tuple[str, str]]) -> None:
+        """Matrices of one shape as one tensor; of a pair the rows in turn."""
+        size, dtype = self.recipe.quantization.block_size, self.recipe.io_dtype
+        bits = self.schemes.bits_of(sources[0][0])
+        rows, columns = self.decoder.shapes()[sources[0][0]]
+        shape = (len(sources), 2 * rows if sources[0][1] else rows)
+        offsets = (
+            self.place(f"{name}_Q{bits}", "uint8", (*shape, columns * bits // 8)),
+            self.place(f"{name}_scales", dtype, (*shape, columns // size)),
+        )
+        encoder = Blocks(bits, size, True, dtype)
+        for number, (source, woven) in enumerate(sources):
+            first = number * rows
+            piece = Piece(source, 0, rows, columns, encoder, offsets, first, woven=woven)
+            self.pieces.append(piece)
 
     def _add_bias(self, name: str, parts: Parts, rows: int) -> None:
         dtype = self.recipe.io_dtype
