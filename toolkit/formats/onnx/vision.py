@@ -28,7 +28,7 @@ DEFAULT = "int8"  # of the tower's matrices
 PICTURE_BYTES = 650_000_000
 EXTENSIONS = "com.microsoft.extensions"
 TAPS = 4
-FLOAT_BYTES = 4
+WIDER_BYTES = 2  # of a weight that is float16 in the file and float32 in memory
 
 
 def check_vision(recipe: OnnxRecipe, decoder: Decoder) -> None:
@@ -64,7 +64,7 @@ def count_memory(recipe: OnnxRecipe, decoder: Decoder) -> int:
     shapes = decoder.vision.shapes()
     is_widened = recipe.quantization.vision == "fp16"
     matrices = [prod(shapes[name]) for name in decoder.vision.list_used() if len(shapes[name]) == 2]
-    return PICTURE_BYTES + (FLOAT_BYTES * sum(matrices) if is_widened else 0)
+    return PICTURE_BYTES + (WIDER_BYTES * sum(matrices) if is_widened else 0)
 
 
 def check_context(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> None:
