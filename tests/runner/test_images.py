@@ -185,6 +185,16 @@ def test_crops_are_the_canvas_line_by_line() -> None:
     assert np.array_equal(pixels.values[0, 1 + 4 + 2], crop)
 
 
+def test_a_standing_picture_is_cut_as_if_it_lay() -> None:
+    """The source turns it, resizes and turns it back: Pillow rounds between its two passes."""
+    picture = draw(300, 500, 2)
+    lying = prepare([picture.transpose(Image.Transpose.TRANSPOSE)], VISION).values[0, 1:]
+    standing = prepare([picture], VISION).values[0, 1:]
+    rows, columns = 5, 3
+    turned = lying.reshape(columns, rows, 3, 336, 336).transpose(1, 0, 2, 4, 3)
+    assert np.array_equal(standing, turned.reshape(standing.shape))
+
+
 def test_the_margin_is_white_and_above_and_below() -> None:
     pixels = prepare([Image.new("RGB", (640, 480), "black")], VISION)
     # 1344 x 1008 is filled; 640 x 300 leaves a margin.

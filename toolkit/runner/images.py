@@ -171,7 +171,8 @@ def cut_crops(canvases: Sequence[Any], vision: Vision) -> Pixels:
     shapes = [(canvas.shape[1] // size, canvas.shape[2] // size) for canvas in canvases]
     most = max(rows * columns for rows, columns in shapes)
     values = np.zeros((len(canvases), 1 + most, 3, size, size), np.float32)
-    for place, (canvas, (rows, columns)) in enumerate(zip(canvases, shapes, strict=True)):
+    for place, canvas in enumerate(canvases):
+        rows, columns = shapes[place]
         values[place, 0] = _shrink(_shrink(canvas, size, 2), size, 1)
         crops = canvas.reshape(3, rows, size, columns, size).transpose(1, 3, 0, 2, 4)
         values[place, 1 : 1 + rows * columns] = crops.reshape(-1, 3, size, size)
@@ -220,5 +221,7 @@ def _shrink(values: Any, size: int, axis: int) -> Any:
     first = np.arange(size) * scale + (scale - 1) // 2
     if scale % 2:
         return values.take(first, axis)
-    taps = [values.take((first + step).clip(0, length - 1), axis) for step in (-1, 0, 1, 2)]
-    return sum(tap * np.float32(weight) for tap, weight in zip(taps, HALF_TAPS, strict=True))
+    return sum(
+        values.take((first + step).clip(0, length - 1), axis) * np.float32(weight)
+        for step, weight in enumerate(HALF_TAPS, start=-1)
+    )

@@ -26,6 +26,6 @@ def split_pictures(
     if len(rest) != len(counts):
         raise Failure("request", f"a text has {len(rest)} places for {len(counts)} pictures")
     ids = list(encode(first))
-    for number, (count, part) in enumerate(zip(counts, rest, strict=True), start=1):
-        ids += [-number] * count + list(encode(part))
+    for place, count in enumerate(counts):
+        ids += [-1 - place] * count + list(encode(rest[place]))
     return ids

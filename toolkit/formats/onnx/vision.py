@@ -4,6 +4,7 @@ As onnxruntime-genai's type phi3v expects them: pixel_values and image_sizes in,
 out; then input_ids, below 0 where a picture stands, and image_features in, inputs_embeds out.
 """
 
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -28,7 +29,7 @@ DEFAULT = "int8"  # of the tower's matrices
 PICTURE_BYTES = 650_000_000
 EXTENSIONS = "com.microsoft.extensions"
 TAPS = 4
-FLOAT_BYTES = 4
+WIDER_BYTES = 2  # of a weight that is float16 in the file and float32 in memory
 
 
 def check_vision(recipe: OnnxRecipe, decoder: Decoder) -> None:
@@ -50,10 +51,11 @@ def check_vision(recipe: OnnxRecipe, decoder: Decoder) -> None:
             "precision int4 or fp32 only",
             advice="set provider: cpu and quantization.precision: int4",
         )
-    if vision.width % BLOCK_SIZE or vision.intermediate % BLOCK_SIZE:
+    columns = (vision.width, vision.intermediate, vision.hidden)
+    if (wanted or DEFAULT) == "int8" and any(count % BLOCK_SIZE for count in columns):
         raise PlanError(
-            f"{where}: a tower of {vision.width} columns is no multiple of the block of "
-            f"{BLOCK_SIZE}; use fp16"
+            f"{where}: int8 goes in blocks of {BLOCK_SIZE}, which do not divide all of "
+            f"{', '.join(map(str, columns))}; allowed fp16, fp32"
         )
 
 
@@ -64,7 +66,7 @@ def count_memory(recipe: OnnxRecipe, decoder: Decoder) -> int:
     shapes = decoder.vision.shapes()
     is_widened = recipe.quantization.vision == "fp16"
     matrices = [prod(shapes[name]) for name in decoder.vision.list_used() if len(shapes[name]) == 2]
-    return PICTURE_BYTES + (FLOAT_BYTES * sum(matrices) if is_widened else 0)
+    return PICTURE_BYTES + (WIDER_BYTES * sum(matrices) if is_widened else 0)
 
 
 def check_context(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> None:
@@ -205,11 +207,12 @@ def _rebuild_global(graph: Graph, vision: VisionEncoder, rows: Value, columns: V
     return summed.expand(1).apply("Concat", rest, axis=1)
 
 
+@dataclass(frozen=True)
 class _Taps:
     """Where a filter takes its pixels along an axis: place [n, size, 4], weight [n, 4]."""
 
-    def __init__(self, place: Value, weight: Value) -> None:
-        self.place, self.weight = place, weight
+    place: Value
+    weight: Value
 
 
 def _find_taps(graph: Graph, size: int, scale: Value, axis: str) -> _Taps:

@@ -1,0 +1,81 @@
+"""`build` and `run --image`: pictures through the command line, good and bad."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import events, run
+from tests.vision_checkpoints import draw, write_vision_checkpoint
+
+RECIPE = """\
+format: onnx
+title: sees
+model: phi-3-vision
+quantization:
+  precision: int4
+context_length: 2048
+check:
+  max_kl: 0.3
+  min_top1: 0.4
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    source = write_vision_checkpoint(folder / "source", crops=1)
+    recipe = folder / "sees.yaml"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    done = run("build", str(recipe), "--checkpoint", str(source), "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "picture: mean KL" in done.stdout
+    draw(200, 100, 1).save(folder / "good.png")
+    (folder / "bad.png").write_text("no picture", encoding="utf-8")
+    return folder
+
+
+def test_a_picture_is_answered(built: Path) -> None:
+    words = ["run", str(built / "sees"), "--prompt", "What is shown?", "--max-tokens", "4"]
+    done = run(*words, "--image", str(built / "good.png"), "--json")
+    assert done.returncode == 0, done.stderr
+    answer = next(one for one in events(done) if one["event"] == "answer")
+    assert answer["new_tokens"] == 4
+    assert answer["prompt_tokens"] > 313
+
+
+@pytest.mark.parametrize(("name", "said"), [("bad.png", "is no picture"), ("none.png", "No such")])
+def test_a_bad_picture_is_one_sentence(name: str, said: str, built: Path) -> None:
+    done = run("run", str(built / "sees"), "--prompt", "What?", "--image", str(built / name))
+    assert done.returncode not in (0, 1, 2)
+    assert said in done.stderr
+    assert "give one still picture" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--image", "good.png"],
+        ["--image", "good.png", "--serve"],
+        ["--image-folder", "."],
+        ["--image-folder", ".", "--prompt", "What?"],
+    ],
+)
+def test_options_that_do_not_go_together(words: list[str], built: Path) -> None:
+    done = run("run", str(built / "sees"), *words)
+    assert done.returncode == 2
+    assert "goes with" in done.stderr
+
+
+def test_a_device_is_not_sent_pictures(built: Path) -> None:
+    done = run("run", "pi@nowhere", "--prompt", "What?", "--image", str(built / "good.png"))
+    assert done.returncode == 2
+    assert "with an artifact's folder" in done.stderr
+
+
+def test_a_kind_of_tower_that_is_refused(built: Path) -> None:
+    recipe = built / "small.yaml"
+    recipe.write_text(RECIPE.replace("int4\n", "int4\n  vision: int4\n"), encoding="utf-8")
+    done = run("plan", str(recipe), "--checkpoint", str(built / "source"))
+    assert done.returncode == 6
+    assert "quantization.vision: int4 moves a picture's features" in done.stderr
