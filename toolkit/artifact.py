@@ -107,7 +107,8 @@ class Vision(msgspec.Struct, frozen=True, kw_only=True):
 class Runtime(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What has to be on the device: an engine of the runner, its provider and package version.
 
-    `properties` are what the engine has to be loaded with for the artifact to be its source.
+    `properties` are what the engine has to be loaded with for the artifact to be its source,
+    `companions` packages that it does not ask for itself, and that the artifact needs beside it.
     """
 
     engine: str
@@ -116,6 +117,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     version: str
     main_file: str
     properties: dict[str, str] = {}
+    companions: tuple[str, ...] = ()
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

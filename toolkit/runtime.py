@@ -59,7 +59,9 @@ def choose_runtime(session: Session, facts: Facts, manifest: Manifest, console: 
         return Choice(None, own)
     label = f"fetching {runtime.package} {runtime.version} for {device.name}"
     with console.waiting(label) as tell:
-        wheels = collect_wheels(runtime.package, runtime.version, facts, cache_folder(), tell)
+        wheels = collect_wheels(
+            runtime.package, runtime.version, facts, cache_folder(), tell, runtime.companions
+        )
     count = len(wheels.wheels)
     size = format_bytes(wheels.size_bytes)
     text = f"{wheels.id}: {count} wheel{'s' * (count > 1)} and pip, {size}"

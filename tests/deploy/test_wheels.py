@@ -191,6 +191,18 @@ def test_companions_of_mlx_on_linux(index: Index, tmp_path: Path) -> None:
     assert [wheel.name for wheel in found.wheels] == ["mlx", "mlx-cpu", "mlx-lm"]
 
 
+def test_companions_that_an_artifact_asks_for(index: Index, tmp_path: Path) -> None:
+    make_wheel(index.folder, "engine")
+    make_wheel(index.folder, "pillow", "11.0")
+    with_it = collect_wheels(
+        "engine", "1.0", make_facts(), tmp_path / "cache", companions=("pillow",)
+    )
+    assert list_chosen(with_it) == ["engine 1.0", "pillow 11.0"]
+    without = collect(tmp_path)
+    assert list_chosen(without) == ["engine 1.0"]
+    assert with_it.id != without.id
+
+
 # --- keeping
 
 
@@ -302,10 +314,13 @@ def test_pip_missing(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # --- what is there already
 
 
-def make_runtime(package: str = "onnxruntime-genai", version: str = "0.18.0") -> Runtime:
+def make_runtime(
+    package: str = "onnxruntime-genai", version: str = "0.18.0", companions: tuple[str, ...] = ()
+) -> Runtime:
     return Runtime(
-        engine="onnxruntime_genai", provider="cpu", package=package, version=version, main_file="m"
-    )
+        engine="onnxruntime_genai", provider="cpu", package=package, version=version,
+        main_file="m", companions=companions,
+    )  # fmt: skip
 
 
 def make_engine(version: str = "0.18.0", *, importable: bool = True) -> EngineFacts:
@@ -343,6 +358,7 @@ def test_engine_of_the_devices_own_python() -> None:
     assert not fits(make_engine(importable=False), make_runtime())
     assert not fits(make_engine("0.17.0"), make_runtime())
     assert not fits(make_engine(), make_runtime("onnxruntime-genai-cuda"))
+    assert not fits(make_engine(), make_runtime(companions=("pillow",)))
 
 
 def test_runtime_that_is_there() -> None:
@@ -364,3 +380,7 @@ def test_runtime_that_is_there() -> None:
     assert find_fitting(install(python="/opt/python"), runtime, facts) is None
     assert find_fitting(install(packages={"numpy": "0.18.0"}), runtime, facts) is None
     assert find_fitting(install(), make_runtime(version="0.17.0"), facts) is None
+    seeing = make_runtime(companions=("pillow",))
+    packages = {"onnxruntime-genai": "0.18.0", "pillow": "11.0.0"}
+    assert find_fitting(install(packages=packages), seeing, facts) == "one"
+    assert find_fitting(install(), seeing, facts) is None

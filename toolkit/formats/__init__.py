@@ -25,6 +25,7 @@ class RuntimeNeeds:
     `valid_context` is the range of sequence lengths that agree with the source.
     `always_long_rope`: the runtime has LongRoPE's long factors at every length; the gate compares
     with a source that has them too. `properties` are what the engine has to be loaded with.
+    `companions` are packages that have to be there beside `package`.
     """
 
     engine: str
@@ -37,6 +38,7 @@ class RuntimeNeeds:
     notes: tuple[str, ...] = ()
     always_long_rope: bool = False
     properties: Mapping[str, str] = field(default_factory=dict)
+    companions: tuple[str, ...] = ()
 
 
 class Session(Protocol):

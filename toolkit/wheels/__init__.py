@@ -81,20 +81,25 @@ def name_runtime(package: str, version: str, wheels: tuple[Wheel, ...], facts: F
 
 
 def find_fitting(installed: Mapping[str, Installed], runtime: Runtime, facts: Facts) -> str | None:
-    """Return the id of a runtime on the device that has the engine's version; None without."""
-    package = canonicalize_name(runtime.package)
+    """Return the id of a runtime on the device with the engine's version and all; None without."""
+    package, companions = canonicalize_name(runtime.package), set(runtime.companions)
     for name, found in installed.items():
         is_same_python = (found.python, found.python_version) == (facts.python_path, facts.python)
         version = found.packages.get(package, "")
-        if found.usable and is_same_python and is_same_version(version, runtime.version):
+        is_whole = found.usable and companions.issubset(found.packages)
+        if is_whole and is_same_python and is_same_version(version, runtime.version):
             return name
     return None
 
 
 def fits(engine: EngineFacts | None, runtime: Runtime) -> bool:
-    """Tell whether an engine that is there already is the one the artifact was checked with."""
+    """Tell whether an engine that is there already is the one the artifact was checked with.
+
+    Of companions nothing is known there, so that none is taken for whole that needs some.
+    """
     return (
         engine is not None
+        and not runtime.companions
         and engine.importable
         and engine.package == runtime.package
         and is_same_version(engine.version, runtime.version)

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -35,17 +36,19 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 def collect_wheels(
-    package: str, version: str, facts: Facts, folder: Path, tell: Tell = lambda _: None
-) -> WheelSet:
-    """Return all wheels that `package==version` needs on a device, fetched into `folder`.
+    package: str, version: str, facts: Facts, folder: Path, tell: Tell = lambda _: None,
+    companions: Sequence[str] = (),
+) -> WheelSet:  # fmt: skip
+    """Return all wheels that `package==version` and its companions need, fetched into `folder`.
 
     What was chosen for the same kind of device before is chosen again, without any network. `tell`
     gets what pip says while it works. PreflightError when no wheel fits or no index answers.
     """
-    note = folder / f"{_digest_question(package, version, facts)[:16]}.json"
+    note = folder / f"{_digest_question([package, version, *companions], facts)[:16]}.json"
     wheels = _read_choice(note)
     if not wheels:
-        wheels = _choose(package, version, facts, folder, tell)
+        root = f"{COMPANIONS.get((package, facts.system), package)}=={version}"
+        wheels = _choose([root, *companions], facts, folder, tell)
         hashes = {wheel.file_name: wheel.sha256 for wheel in wheels}
         _write_choice(note, Choice(package, version, hashes))
     (pip,) = (wheel for wheel in wheels if wheel.name == INSTALLER)
@@ -60,10 +63,9 @@ def cache_folder() -> Path:
 
 
 def _choose(
-    package: str, version: str, facts: Facts, folder: Path, tell: Tell
+    requirements: Sequence[str], facts: Facts, folder: Path, tell: Tell
 ) -> tuple[Wheel, ...]:
-    """Let pip fetch what the package needs, and pip's own wheel for the device's Python."""
-    root = f"{COMPANIONS.get((package, facts.system), package)}=={version}"
+    """Let pip fetch what the packages need, and pip's own wheel for the device's Python."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
@@ -74,7 +76,7 @@ def _choose(
                 place = Path(tempfile.mkdtemp(dir=fresh))
                 return download(requirements, facts, place, tell)
 
-            chosen = resolve([root, INSTALLER], make_environment(facts), fetch)
+            chosen = resolve([*requirements, INSTALLER], make_environment(facts), fetch)
             return tuple(_keep(candidate.path, folder) for candidate in chosen.values())
     except OSError as error:
         raise BuildError(
@@ -100,9 +102,9 @@ def _describe(path: Path) -> Wheel:
     return Wheel(name, str(version), path, hash_file(path), path.stat().st_size)
 
 
-def _digest_question(package: str, version: str, facts: Facts) -> str:
+def _digest_question(wanted: Sequence[str], facts: Facts) -> str:
     """Return the digest of all that decides which wheels are chosen."""
-    question = [package, version, facts.python, facts.system, facts.machine, *list_tags(facts)]
+    question = [*wanted, facts.python, facts.system, facts.machine, *list_tags(facts)]
     return hashlib.sha256("\n".join(question).encode()).hexdigest()
 
 

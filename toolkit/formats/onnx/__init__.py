@@ -153,6 +153,7 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         overhead_bytes=OVERHEAD_BYTES[recipe.provider] + vision.count_memory(recipe, decoder),
         valid_context=(1, context_length),
         notes=tuple(notes),
+        companions=("pillow",) if decoder.vision else (),
     )
 
 
