@@ -21,7 +21,7 @@ from toolkit.target import Target
 # Resident memory of a conversion, and of each thread: bench/convert.py, rounded up.
 PROCESS_BYTES = 150_000_000
 WORKER_BYTES = 20_000_000
-# Phi-3's files and Phi-4-mini's take 75 to 78 bytes a token, where there is no checkpoint to look at.
+# A tokenizer's files, where there is no checkpoint to look at: Phi-3's take 75, Phi-4-mini's 78.
 TOKEN_BYTES = 78
 RUNNER_BYTES = 1_000_000
 MOST_WORKERS = 8
