@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from numpy.typing import NDArray
 
 from tests.adapters import CASES, make_adapter, write_adapter, write_case
+from tests.checkpoint.hub_cases import COMMIT, ID
+from tests.checkpoint.hub_server import Hub
 from tests.checkpoints import (
     random_weights,
     variant_config,
@@ -204,6 +207,18 @@ def test_a_missing_file_is_named(file: str, text: str, base: Checkpoint, tmp_pat
     (folder / file).unlink()
     with pytest.raises(CheckpointError, match=text):
         lora.merge(base, folder)
+
+
+def test_the_id_of_another_base_is_refused(
+    hub: Hub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    console, reference = Console(as_json=True), f"{ID}@{COMMIT}"
+    other = write_adapter(tmp_path / "other", make_adapter(SHAPES))
+    with pytest.raises(CheckpointError, match=r"base_model_name_or_path: got 'somewhere/else'"):
+        open_source(reference, console, other)
+    own = write_adapter(tmp_path / "own", make_adapter(SHAPES), base_model_name_or_path=ID)
+    assert open_source(reference, console, own).adapter_digest
 
 
 def test_a_folder_is_taken_whatever_the_adapter_calls_its_base(
