@@ -24,12 +24,16 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
 
 
-class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """The checkpoint the artifact was made from; `digest` covers config and weights' headers."""
+class Source(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The checkpoint the artifact was made from; `digest` covers config and weights' headers.
+
+    `adapter` is the digest of the LoRA adapter that was merged into it, which `digest` covers too.
+    """
 
     model: str
     revision: str
     digest: str
+    adapter: str = ""
 
 
 class Chat(msgspec.Struct, frozen=True, kw_only=True):

@@ -115,13 +115,30 @@ def _plan(recipe: Recipe, building: Building) -> Job:
         memory_bytes=options.memory_bytes, tokenizer_bytes=measure_tokenizer(checkpoint),
     )  # fmt: skip
     _check_gate_memory(plan, options)
-    source = Source(model=recipe.model, revision=checkpoint.revision, digest=building.digest)
+    _check_adapter(recipe, checkpoint)
+    source = Source(
+        model=recipe.model, revision=checkpoint.revision, digest=building.digest,
+        adapter=checkpoint.adapter_digest,
+    )  # fmt: skip
     quantization = recipe.quantization
     text = None
     if quantization.is_calibrated:
         text = building.read_calibration(quantization.calibration_tokens)
     final = building.out / recipe.name
     return Job(plan, source, building.chat, final, text, building.vision)
+
+
+def _check_adapter(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """PlanError where an adapter would be left out."""
+    if recipe.adapter and not checkpoint.adapter_digest:
+        raise PlanError(
+            f"{recipe.name}: adapter: {recipe.adapter} is not merged into the checkpoint"
+        )
+    if recipe.engine == "vendor" and checkpoint.adapter_digest:
+        raise PlanError(
+            f"{recipe.name}: engine: vendor: a vendor's converter does not read adapters",
+            advice="use `engine: native`, or give a checkpoint that PEFT has merged",
+        )
 
 
 def _check_gate_memory(plan: Plan, options: Options) -> None:

@@ -6,6 +6,8 @@ from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from toolkit import formats, yamlfile
 from toolkit.errors import SettingsError
 from toolkit.model import Model
@@ -18,7 +20,10 @@ T = TypeVar("T")
 def load_recipe(name: str) -> Recipe:
     """Load a recipe by name or path; SettingsError when it is unknown or wrong."""
     recipe: Recipe = _load("recipes", name, _any_recipe())
-    return recipe
+    if recipe.adapter is None:
+        return recipe
+    adapter = str(Path(name).parent / Path(recipe.adapter).expanduser())
+    return msgspec.structs.replace(recipe, adapter=adapter)
 
 
 @cache

@@ -45,13 +45,15 @@ UNTOUCHED = "its folder is as it was; the limits are those of the recipe that ma
 class Asked:
     """What to compare on: a text (None: Python's manual), its tokens, how long a sequence is.
 
-    `details` is a file to write everything to.
+    `details` is a file to write everything to. `adapter` is merged into the checkpoint, as it was
+    when the artifact was built.
     """
 
     text: Path | None = None
     tokens: int = DEFAULT_TOKENS
     length: int | None = None
     details: Path | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,12 @@ def open_artifact(
         step.measured = f"{len(manifest.files)} files, {format_bytes(manifest.size_bytes)}"
     recipe = _recipe_of(manifest, folder)
     with report.step("source") as step:
-        checkpoint = open_source(reference or _source_of(manifest), console)
+        if manifest.source.adapter and asked.adapter is None:
+            raise CheckpointError(
+                f"{manifest.name} was made with a LoRA adapter merged in",
+                advice="give it with --adapter DIR",
+            )
+        checkpoint = open_source(reference or _source_of(manifest), console, asked.adapter)
         decoder = read_decoder(checkpoint.config)
         checkpoint.check(decoder)
         if checkpoint.fingerprint() != manifest.source.digest:

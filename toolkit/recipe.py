@@ -8,7 +8,8 @@ from toolkit.artifact import Limits, Smoke
 
 Engine = Literal["native", "vendor"]
 Method = Literal["rtn", "gptq"]
-BESIDE_THE_BYTES = ("name", "title", "first_choice", "check", "smoke")
+# An adapter changes bytes, but not by where it lies: its digest is part of the source's.
+BESIDE_THE_BYTES = ("name", "title", "first_choice", "check", "smoke", "adapter")
 
 
 class Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,7 +37,8 @@ class Recipe(
     """What every recipe has; `name` is the file's own name, never written in it.
 
     `engine` vendor has the vendor's own converter make the artifact, in an environment of its own.
-    `first_choice` recipes are what `ship` takes before the others of their format.
+    `first_choice` recipes are what `ship` takes before the others of their format. `adapter` is a
+    folder with a LoRA adapter to merge into the checkpoint, seen from the recipe's own file.
     """
 
     name: str = ""
@@ -45,6 +47,7 @@ class Recipe(
     quantization: Quantization
     engine: Engine = "native"
     first_choice: bool = False
+    adapter: str | None = None
     context_length: int | None = None
     check: Limits = Limits()
     smoke: Smoke | None = None

@@ -1,21 +1,41 @@
 """The checkpoint that is built from: opened or fetched, and which bundled model it is."""
 
+import re
 from collections.abc import Collection
+from pathlib import Path
 
 from toolkit import catalog, formats
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
-from toolkit.checkpoint.hub import resolve
+from toolkit.checkpoint.hub import is_local, resolve
+from toolkit.checkpoint.lora import merge
 from toolkit.console import Console
 from toolkit.decoder import Decoder
-from toolkit.errors import PlanError, SettingsError
+from toolkit.errors import CheckpointError, PlanError, SettingsError
 from toolkit.families import read_decoder
 from toolkit.recipe import Recipe
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-def open_source(reference: str, console: Console) -> Checkpoint:
-    """Open a folder or fetch a Hugging Face id; what cannot be built is refused before a fetch."""
-    return resolve(reference, console, accept=read_decoder)
+
+def open_source(reference: str, console: Console, adapter: Path | None = None) -> Checkpoint:
+    """Open a folder or fetch a Hugging Face id; what cannot be built is refused before a fetch.
+
+    `adapter` is the folder of a LoRA adapter, merged in; CheckpointError or UnsupportedError when
+    it does not belong to this checkpoint or is more than that.
+    """
+    checkpoint = resolve(reference, console, accept=read_decoder)
+    if adapter is None:
+        return checkpoint
+    merged = merge(checkpoint, adapter)
+    base, given = (name.lower() for name in (merged.adapter.base, reference.partition("@")[0]))
+    if not is_local(reference) and HUB_ID.fullmatch(base) and base != given:
+        raise CheckpointError(
+            f"{adapter}: base_model_name_or_path: got {merged.adapter.base!r}; the checkpoint is "
+            f"{reference}",
+            advice="give the checkpoint that the adapter was trained on, or its folder",
+        )
+    return merged
 
 
 def list_recipes(checkpoint: Checkpoint, reference: str, kinds: Collection[str]) -> list[Recipe]:

@@ -187,7 +187,7 @@ def stream(
         _write_constants(output)
     work = _Work(outputs, advance, iter(_order_tasks(checkpoint, outputs)))
     with ThreadPoolExecutor(max(1, workers)) as pool, work:
-        pending = {pool.submit(_serve, checkpoint.folder, work) for _ in range(max(1, workers))}
+        pending = {pool.submit(_serve, checkpoint, work) for _ in range(max(1, workers))}
         while pending:
             done, pending = wait(pending, LOOK_UP_S, return_when=FIRST_EXCEPTION)
             for worker in done:
@@ -295,10 +295,10 @@ def _keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 4 * KEPT_BYTES)
 
 
-def _serve(folder: Path, work: _Work) -> None:
+def _serve(source: Checkpoint, work: _Work) -> None:
     """Worker: do tasks until there are no more, with open files and buffers of its own."""
     with ExitStack() as files:
-        checkpoint = files.enter_context(closing(Checkpoint.open(folder)))
+        checkpoint = files.enter_context(closing(source.reopen()))
         targets = [
             files.enter_context(output.path.open("r+b", buffering=0)) for output in work.outputs
         ]

@@ -21,6 +21,11 @@ CASES: dict[str, tuple[int, ...]] = {
     "phi4_mini": (64, 65, 256),
 }
 
+# lora.npz: adapters of tests/adapters.py on one variant.
+LORA_GOLDEN = Path(__file__).with_name("lora.npz")
+LORA_VARIANT = "gqa"
+LORA_LENGTH = 64
+
 # The last position sees everything before it; the others show an error's onset. Every 16th column
 # is enough to see any error in the hidden state, and keeps the file small.
 POSITIONS = 8

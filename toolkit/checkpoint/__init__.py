@@ -76,6 +76,15 @@ class Checkpoint:
             )
         return cls(folder, read_config(folder / "config.json"), read_index(folder), revision)
 
+    @property
+    def adapter_digest(self) -> str:
+        """Hex sha256 of the adapter that is merged in (lora.py); empty without one."""
+        return ""
+
+    def reopen(self) -> "Checkpoint":
+        """The same with files and buffers of its own, for another thread."""
+        return Checkpoint(self.folder, self.config, self.tensors, self.revision)
+
     def close(self) -> None:
         """Close every file that was opened for reading."""
         for descriptor in self._descriptors.values():

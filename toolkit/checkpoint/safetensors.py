@@ -49,7 +49,7 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
     A folder that holds both forms is read as transformers reads it: the single file wins.
     """
     if (folder / SINGLE).is_file():
-        return _read_header(folder / SINGLE)
+        return read_header(folder / SINGLE)
     if (folder / INDEX).is_file():
         return _read_sharded(folder)
     raise CheckpointError(
@@ -83,7 +83,7 @@ def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
                 f"the first {names[0]}",
                 advice="download the checkpoint again, whole",
             )
-        shard = _read_header(folder / file)
+        shard = read_header(folder / file)
         if absent := [name for name in names if name not in shard]:
             raise CheckpointError(
                 f"{folder / INDEX}: {absent[0]} is not in {file} "
@@ -95,7 +95,8 @@ def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Find every tensor of one file; CheckpointError when it is damaged."""
     try:
         size_bytes = path.stat().st_size
         with path.open("rb") as stream:

@@ -8,6 +8,7 @@ import click
 from toolkit.cli.options import (
     OrderedGroup,
     Size,
+    adapter_option,
     calibration_option,
     check_option,
     context_option,
@@ -72,6 +73,7 @@ def plan_command(
     "--format", "kinds", multiple=True, help="With --all: this format only; may be repeated."
 )
 @click.option("--checkpoint", required=True, help="Folder, or Hugging Face id[@revision].")
+@adapter_option
 @out_option
 @workers_option
 @memory_option
@@ -99,7 +101,8 @@ def plan_command(
 )
 @json_option
 def build_command(
-    recipe: str | None, build_all_of: bool, kinds: tuple[str, ...], checkpoint: str, out: Path,
+    recipe: str | None, build_all_of: bool, kinds: tuple[str, ...], checkpoint: str,
+    adapter: Path | None, out: Path,
     workers: int | None, memory: int | None, context: int | None, check: bool,
     method: Literal["rtn", "gptq"] | None, equalize: bool | None, calibration: Path | None,
     replace: bool,
@@ -132,7 +135,9 @@ def build_command(
     recipes = [catalog.load_recipe(recipe)] if recipe else []
     report = Report(f"build {recipes[0].name if recipes else 'all recipes'}")
     with rendering(console, report):
-        opened = open_source(checkpoint, console)
+        if adapter is None and recipe and (named := recipes[0].adapter):
+            adapter = Path(named)
+        opened = open_source(checkpoint, console, adapter)
         recipes = recipes or list_recipes(opened, checkpoint, kinds)
         recipes = adapt_recipes(recipes, opened, wanted, console, report, context)
         results = build_all(recipes, opened, out, options, console, report)
@@ -160,6 +165,7 @@ def _read_budget(max_size: int | None, max_kl: float | None, is_for_all: bool) -
 @click.command("check")
 @click.argument("artifact", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--checkpoint", help="Source checkpoint; without, the one the manifest names.")
+@adapter_option
 @click.option(
     "--text",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -185,8 +191,8 @@ def _read_budget(max_size: int | None, max_kl: float | None, is_for_all: bool) -
 )
 @json_option
 def check_command(
-    artifact: Path, checkpoint: str | None, text: Path | None, tokens: int, length: int | None,
-    details: Path | None, weights: bool, as_json: bool,
+    artifact: Path, checkpoint: str | None, adapter: Path | None, text: Path | None, tokens: int,
+    length: int | None, details: Path | None, weights: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare an artifact with its source: files, token ids, stop ids, logits on a text."""
     from toolkit.check import Asked, check_artifact
@@ -194,7 +200,7 @@ def check_command(
 
     console = Console(as_json=as_json)
     report = Report(f"check {artifact}")
-    asked = Asked(text, tokens, length, details)
+    asked = Asked(text, tokens, length, details, adapter)
     with rendering(console, report):
         if weights:
             check_weights(artifact, checkpoint, console, report, asked)

@@ -45,6 +45,10 @@ context_option = click.option(
 memory_option = click.option(
     "--memory", type=Size(), help="Memory the build may take, such as 2GiB; limits workers."
 )
+adapter_option = click.option(
+    "--adapter", type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of a LoRA adapter (PEFT) to merge into the checkpoint.",
+)  # fmt: skip
 out_option = click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build"),
     show_default=True, help="Folder in which the artifact's folder appears.",
