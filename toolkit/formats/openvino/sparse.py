@@ -8,7 +8,7 @@ from toolkit.decoder import BlockSparse, Decoder
 from toolkit.formats.openvino.network import Network, Value
 
 PROPERTIES = {"ATTENTION_BACKEND": "SDPA"}
-# Of a query and a key in a head, while a prompt is computed: the resident size grew by 7.4 bytes for
+# Of a query and a key in a head, while a prompt is computed: resident memory grew by 7.4 bytes for
 # 3,000 tokens and 8 heads, of which the mask itself is 4.
 MASK_BYTES = 8
 
