@@ -1,15 +1,22 @@
 """Phi-3-small from the command line: built with its gate, checked, planned, refused."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cli.commands import run
 from tests.small_checkpoints import write_small_checkpoint
+from toolkit import artifact as artifacts
 
 # Int4 moves a random model by a KL of 0.1; a wrong block by more than 1.
 LIMITS = "check: {max_kl: 0.3, min_top1: 0.4}"
-RECIPES = {"onnx": "quantization: {precision: int4}"}
+RECIPES = {
+    "onnx": "quantization: {precision: int4, method: gptq, calibration_tokens: 1024}",
+    "openvino": "quantization: {precision: int4, group_size: 32}",
+}
+PROPERTIES = {"onnx": {}, "openvino": {"ATTENTION_BACKEND": "SDPA"}}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +35,13 @@ def test_build_and_check(checkpoint: Path, tmp_path: Path, kind: str) -> None:
     artifact = out / recipe.stem
     assert (artifact / "tokenizer.json").is_file()
     assert not (artifact / "cl100k_base.tiktoken").exists()
+    assert artifacts.read_manifest(artifact).runtime.properties == PROPERTIES[kind]
+    asked = ("--artifact", str(artifact), "--prompt", "Hello", "--max-tokens", "4")
+    said = subprocess.run(
+        [sys.executable, "-m", "toolkit.runner", "generate", *asked],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
     checked = run("check", str(artifact), "--checkpoint", str(checkpoint), "--weights")
     assert checked.returncode == 0, checked.stderr
 

@@ -125,8 +125,10 @@ class Checkpoint:
     def _added_ids(self, content: str) -> list[int]:
         """Ids of an added token by its text, from tokenizer.json; none when there is no file."""
         path = self.folder / "tokenizer.json"
-        whole = read_json(path) if path.is_file() else self.made_tokenizer or {}
-        added = whole.get("added_tokens") or ()
+        if self._has_ranks_only:
+            specials = ranks.list_added(self._ranks_file, self._vocab, self._listed_tokens())
+            return [token for token, text in specials.items() if text == content]
+        added = read_json(path).get("added_tokens") or () if path.is_file() else ()
         try:
             return [int(token["id"]) for token in added if token["content"] == content]
         except (KeyError, TypeError, ValueError) as error:
@@ -145,15 +147,28 @@ class Checkpoint:
         return [self.folder / n for n in TOKENIZER_FILES if (self.folder / n).is_file()]
 
     @cached_property
-    def made_tokenizer(self) -> dict[str, Any] | None:
+    def made_tokenizer(self) -> bytes | None:
         """What tokenizer.json says where it is to be made of a tiktoken file; None elsewhere.
 
         CheckpointError when that file, or the list of added tokens, is damaged.
         """
-        path = self.folder / ranks.RANKS_FILE
-        if not path.is_file() or (self.folder / "tokenizer.json").is_file():
+        if not self._has_ranks_only:
             return None
-        return ranks.make_tokenizer(path, self.config.integer("vocab_size"), self._listed_tokens())
+        made = ranks.make_tokenizer(self._ranks_file, self._vocab, self._listed_tokens())
+        # As text: the parsed one takes 45 MB.
+        return json.dumps(made, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+    @property
+    def _ranks_file(self) -> Path:
+        return self.folder / ranks.RANKS_FILE
+
+    @property
+    def _has_ranks_only(self) -> bool:
+        return self._ranks_file.is_file() and not (self.folder / "tokenizer.json").is_file()
+
+    @property
+    def _vocab(self) -> int:
+        return self.config.integer("vocab_size")
 
     def _listed_tokens(self) -> dict[int, str]:
         """Added tokens by id, as tokenizer_config.json lists them."""
@@ -178,8 +193,7 @@ class Checkpoint:
             config = {**self.tokenizer_config, "tokenizer_class": FAST_TOKENIZER}
             config.pop("auto_map", None)  # code that reads the tiktoken file
             contents["tokenizer_config.json"] = json.dumps(config, indent=2).encode() + b"\n"
-            made = json.dumps(self.made_tokenizer, ensure_ascii=False, separators=(",", ":"))
-            contents["tokenizer.json"] = made.encode() + b"\n"
+            contents["tokenizer.json"] = self.made_tokenizer
         return contents
 
     def write_tokenizer(self, folder: Path) -> None:

@@ -61,6 +61,11 @@ def list_specials(first: int, vocab: int) -> dict[int, str]:
     }
 
 
+def list_added(path: Path, vocab: int, listed: Mapping[int, str]) -> dict[int, str]:
+    """The special tokens by id; what `listed` says of one counts before the published list."""
+    return {**list_specials(len(read_ranks(path)), vocab), **listed}
+
+
 def make_tokenizer(path: Path, vocab: int, listed: Mapping[int, str]) -> dict[str, Any]:
     """Make tokenizer.json's content; what `listed` says of special tokens counts before the rest.
 

@@ -1,6 +1,5 @@
 """Token ids: the artifact's tokenizer must give exactly what the source tokenizer gives."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -79,7 +78,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Read tokenizer.json, or what stands for it; CheckpointError when it is missing or damaged."""
     path = checkpoint.folder / "tokenizer.json"
     if made := checkpoint.made_tokenizer:
-        return Tokenizer.from_str(json.dumps(made))
+        return Tokenizer.from_buffer(made)
     if not path.is_file():
         has_model = (checkpoint.folder / "tokenizer.model").is_file()
         found = "only tokenizer.model" if has_model else "no tokenizer"

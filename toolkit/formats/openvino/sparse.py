@@ -8,7 +8,9 @@ from toolkit.decoder import BlockSparse, Decoder
 from toolkit.formats.openvino.network import Network, Value
 
 PROPERTIES = {"ATTENTION_BACKEND": "SDPA"}
-MASK_BYTES = 5  # of a query and a key in a head: a float32 and a boolean
+# Of a query and a key in a head, while a prompt is computed: resident memory grew by 7.4 bytes for
+# 3,000 tokens and 8 heads, of which the mask itself is 4.
+MASK_BYTES = 8
 
 
 def count_mask_bytes(decoder: Decoder, context_length: int) -> int:
