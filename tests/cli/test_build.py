@@ -167,7 +167,7 @@ def test_a_weight_that_is_not_finite_is_named(
         ({"num_hidden_layers": 5}, CheckpointError, "model.layers.4.input_layernorm"),
         ({"num_hidden_layers": 3}, CheckpointError, "nothing is dropped silently"),
         ({"vocab_size": 2000}, CheckpointError, "embed_tokens"),
-        ({"architectures": ["PhiMoEForCausalLM"]}, UnsupportedError, "Phi3ForCausalLM"),
+        ({"architectures": ["PhiForCausalLM"]}, UnsupportedError, "Phi3ForCausalLM"),
         ({"rope_scaling": {"type": "yarn"}}, UnsupportedError, "yarn"),
         ({"hidden_size": "256"}, CheckpointError, "hidden_size"),
     ],
@@ -350,5 +350,5 @@ def test_the_predicted_size_is_the_artifacts_rounded_up(
     manifest = read_manifest(artifacts[kind])
     planned = run("plan", manifest.name, "--checkpoint", str(example), "--json")
     (plan,) = [e for e in events(planned) if "artifact_bytes" in e]
-    # The small files of a 40-layer model are counted for this one of 4 layers.
-    assert manifest.size_bytes <= int(plan["artifact_bytes"]) <= manifest.size_bytes + 1_700_000
+    # The small files of the model with the largest ones are counted for this one of 4 layers.
+    assert manifest.size_bytes <= int(plan["artifact_bytes"]) <= manifest.size_bytes + 2_000_000
