@@ -22,6 +22,8 @@ CASES: Mapping[str, Mapping[str, Any]] = {
 }
 RANKS = {"patterns": {"down_proj": 2, "layers.0.self_attn.qkv_proj": 8}}
 MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+# Of Phi-3.5-MoE and Phi-3-small.
+OTHERS = ("k_proj", "w1", "w3", "query_key_value", "up_proj")
 # B A of rank 4 has entries of twice the square of this: half the spread of the weights.
 STD = 0.12
 
@@ -60,7 +62,7 @@ def make_adapter(
     arrays: Arrays = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] not in MODULES:
+        if module.rpartition(".")[2] not in (*MODULES, *OTHERS):
             continue
         fits = (rank for end, rank in (ranks or {}).items() if module.endswith(end))
         rank = next(fits, RANK)

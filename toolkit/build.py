@@ -132,7 +132,8 @@ def _check_adapter(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """PlanError where an adapter would be left out."""
     if recipe.adapter and not checkpoint.adapter_digest:
         raise PlanError(
-            f"{recipe.name}: adapter: {recipe.adapter} is not merged into the checkpoint"
+            f"{recipe.name}: adapter: {recipe.adapter} is not merged into the checkpoint",
+            advice="`phiship build` and `ship` merge it",
         )
     if recipe.engine == "vendor" and checkpoint.adapter_digest:
         raise PlanError(

@@ -16,6 +16,7 @@ Special = Literal[
 ]  # fmt: skip
 # Added to the logits of tokens that are never said: the least float16, so that all formats hold it.
 MASKED_LOGIT = -65504.0
+QUICK_GELU = 1.702  # x * sigmoid(QUICK_GELU * x): of gegelu's gate, and of CLIP's towers
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def show_plan(
     """Show the plan; PlanError when it does not fit the target."""
     recipe = catalog.load_recipe(recipe_name)
     target = catalog.load_target(target_name) if target_name else None
-    opened = open_source(checkpoint, console) if checkpoint else None
+    adapter = Path(recipe.adapter) if recipe.adapter else None
+    opened = open_source(checkpoint, console, adapter) if checkpoint else None
     plan = make_plan(
         recipe,
         _decoder(recipe, opened),

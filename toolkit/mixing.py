@@ -19,7 +19,7 @@ from toolkit import formats
 from toolkit.checkpoint import Checkpoint, to_float32
 from toolkit.console import Console
 from toolkit.decoder import Decoder
-from toolkit.errors import PlanError
+from toolkit.errors import CheckpointError, PlanError
 from toolkit.overrides import overrides_of, path_of, resolve, with_overrides
 from toolkit.plan import Plan, make_plan, measure_tokenizer
 from toolkit.quality import comparing, sensitivity, weightonly
@@ -219,9 +219,12 @@ class Mixture:
         sequences = [*own, *gate]
         source = comparing.read_source(self.checkpoint, self._source, sequences, self.console)
         with self.console.waiting("reading the text with rounded weights"):
-            found = weightonly.compare(
-                lambda: read_rounded(plan.data, self.checkpoint), source, sequences
-            )
+            try:
+                found = weightonly.compare(
+                    lambda: read_rounded(plan.data, self.checkpoint), source, sequences
+                )
+            except ValueError as error:
+                raise CheckpointError(f"{self.checkpoint.folder}: {error}") from error
         count = sum(map(len, own))
         return float(found.kl[:count].mean()), float(found.kl[count:].mean())
 

@@ -19,6 +19,7 @@ from toolkit.decoder import Decoder
 from toolkit.errors import ArtifactError
 from toolkit.families import read_decoder
 from toolkit.formats import Session
+from toolkit.plan import make_plan
 from toolkit.quality import tokens
 from toolkit.quality.comparing import read_source
 from toolkit.quality.gate import probe_ids
@@ -94,6 +95,7 @@ def compare(
     locate(formats.get_vendor(recipe.format).VENDOR)
     checkpoint = open_source(source, console)
     decoder = read_decoder(checkpoint.config)
+    make_plan(recipe.with_engine("vendor"), decoder)  # refused before ours is built
     more = ["--force-memory"] if force_memory else []
     with tempfile.TemporaryDirectory(prefix="phiship-parity-", dir=work) as made:
         folders, costs = {}, {}

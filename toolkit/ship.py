@@ -38,7 +38,9 @@ def ship(
     """Do it all; every step goes into `report`. Raises what the failing step raises."""
     device = resolve_device(device_name, devices_file)
     with report.step("read checkpoint") as step:
-        checkpoint = open_source(reference, console)
+        asked = catalog.load_recipe(recipe_name) if recipe_name else None
+        adapter = Path(asked.adapter) if asked and asked.adapter else None
+        checkpoint = open_source(reference, console, adapter)
         decoder = read_decoder(checkpoint.config)
         step.measured = f"{checkpoint.folder}: {decoder.layers} layers x {decoder.hidden}"
     with running(device) as started, open_session(started) as session:
@@ -48,8 +50,8 @@ def ship(
             memory = "unknown" if memory_bytes is None else format_bytes(memory_bytes)
             step.measured = f"{facts.board or facts.machine}, {memory} of memory free"
         with report.step("choose recipe") as step:
-            if recipe_name:
-                recipe = catalog.load_recipe(recipe_name)
+            if asked:
+                recipe = asked
                 step.measured = f"{recipe.name}, as asked"
             else:
                 recipe = choose(find_model(decoder, reference), decoder, session, facts, options)

@@ -8,10 +8,10 @@ from toolkit import catalog, formats
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
 from toolkit.checkpoint.hub import is_local, resolve
-from toolkit.checkpoint.lora import merge
+from toolkit.checkpoint.lora import MergedCheckpoint, look, merge
 from toolkit.console import Console
 from toolkit.decoder import Decoder
-from toolkit.errors import CheckpointError, PlanError, SettingsError
+from toolkit.errors import CheckpointError, PlanError, SettingsError, UnsupportedError
 from toolkit.families import read_decoder
 from toolkit.recipe import Recipe
 
@@ -24,18 +24,29 @@ def open_source(reference: str, console: Console, adapter: Path | None = None) -
     `adapter` is the folder of a LoRA adapter, merged in; CheckpointError or UnsupportedError when
     it does not belong to this checkpoint or is more than that.
     """
-    checkpoint = resolve(reference, console, accept=read_decoder)
     if adapter is None:
-        return checkpoint
-    merged = merge(checkpoint, adapter)
-    base, given = (name.lower() for name in (merged.adapter.base, reference.partition("@")[0]))
-    if not is_local(reference) and HUB_ID.fullmatch(base) and base != given:
+        return resolve(reference, console, accept=read_decoder)
+    base, given = look(adapter).base, reference.partition("@")[0]
+    if not is_local(reference) and HUB_ID.fullmatch(base) and base.lower() != given.lower():
         raise CheckpointError(
-            f"{adapter}: base_model_name_or_path: got {merged.adapter.base!r}; the checkpoint is "
-            f"{reference}",
+            f"{adapter}: base_model_name_or_path: got {base!r}; the checkpoint is {reference}",
             advice="give the checkpoint that the adapter was trained on, or its folder",
         )
+    merged = merge(resolve(reference, console, accept=read_decoder), adapter)
+    _check_used(merged, adapter)
     return merged
+
+
+def _check_used(merged: MergedCheckpoint, adapter: Path) -> None:
+    """UnsupportedError for an update of what no build reads, as the head of a tied model."""
+    decoder = read_decoder(merged.config)
+    read = {*decoder.shapes(), *(decoder.vision.shapes() if decoder.vision else ())}
+    if unused := sorted(set(merged.adapter.updates) - read):
+        raise UnsupportedError(
+            f"{adapter}: {unused[0]}: the model does not use this tensor of {merged.folder}"
+            + (", its head is its embedding" if decoder.is_tied else ""),
+            advice="train the adapter without it",
+        )
 
 
 def list_recipes(checkpoint: Checkpoint, reference: str, kinds: Collection[str]) -> list[Recipe]:

@@ -138,8 +138,9 @@ def _read_rows(
         start, span = piece.start + done * piece.step, (count - 1) * piece.step + 1
         parts = []
         for name in piece.sources:
-            whole = checkpoint.read_rows(name, start, span, span * columns)
-            parts += [raw[:: piece.step].copy() for _, raw in whole]
+            # Copies, for a checkpoint may read each piece into the same buffer.
+            rows = [raw.copy() for _, raw in checkpoint.read_rows(name, start, span)]
+            parts.append(np.concatenate(rows)[:: piece.step])
         if len({part.dtype for part in parts}) > 1:  # bf16 comes as bits
             parts = [to_float32(part) for part in parts]
         woven = np.stack(parts, axis=1).reshape(-1, columns)

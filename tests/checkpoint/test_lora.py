@@ -24,14 +24,18 @@ from tests.golden.cases import LORA_GOLDEN as GOLDEN
 from tests.golden.cases import LORA_LENGTH as LENGTH
 from tests.golden.cases import LORA_VARIANT as VARIANT
 from tests.golden.cases import SEED, case_ids, select
+from tests.moe_checkpoints import write_moe_checkpoint
 from tests.quality.artifacts import FORMATS, make_recipe
+from tests.small_checkpoints import write_small_checkpoint
 from toolkit import formats
 from toolkit.checkpoint import Checkpoint, lora
 from toolkit.console import Console
 from toolkit.errors import CheckpointError, PhishipError, UnsupportedError
 from toolkit.families import read_decoder
+from toolkit.plan import make_plan
 from toolkit.quality import reference
 from toolkit.source import open_source
+from toolkit.stream import read_piece
 
 # Two float32 forward passes that add in other orders (tests/quality/test_reference.py).
 TOLERANCE = 1e-4
@@ -191,8 +195,9 @@ def test_an_update_of_a_tied_head_is_refused(tmp_path: Path) -> None:
     write_safetensors(folder / "model.safetensors", tensors, "bf16")
     parts = {"A": np.zeros((4, 256), np.float32), "B": np.zeros((2048, 4), np.float32)}
     arrays = {f"base_model.model.lm_head.lora_{part}.weight": x for part, x in parts.items()}
-    with pytest.raises(UnsupportedError, match="is its embedding"):
-        lora.merge(Checkpoint.open(folder), write_adapter(tmp_path / "adapter", arrays))
+    adapter = write_adapter(tmp_path / "adapter", arrays)
+    with pytest.raises(UnsupportedError, match="its head is its embedding"):
+        open_source(str(folder), Console(), adapter)
 
 
 @pytest.mark.parametrize(
@@ -226,3 +231,35 @@ def test_a_folder_is_taken_whatever_the_adapter_calls_its_base(
 ) -> None:
     folder = write_adapter(tmp_path / "adapter", make_adapter(SHAPES))
     assert open_source(str(base.folder), Console(as_json=True), folder).adapter_digest
+
+
+@pytest.mark.parametrize(
+    ("write", "kind", "matrices"),
+    [
+        # Rows of two matrices in turn, and every second row: both in several pieces.
+        (write_moe_checkpoint, "onnx", ("experts.3.w1", "experts.3.w3", "self_attn.k_proj")),
+        (write_small_checkpoint, "onnx", ("mlp.up_proj", "self_attn.query_key_value")),
+        (write_small_checkpoint, "openvino", ("mlp.up_proj",)),
+    ],
+)
+def test_rows_in_other_orders_are_merged_too(
+    write: Any, kind: str, matrices: tuple[str, ...], tmp_path: Path
+) -> None:
+    base = Checkpoint.open(write(tmp_path / "source"))
+    names = [n for n in base.tensors if n.removesuffix(".weight").endswith(matrices)]
+    shapes = {name: base.tensors[name].shape for name in names}
+    merged = lora.merge(base, write_adapter(tmp_path / "adapter", make_adapter(shapes)))
+    decoder = read_decoder(base.config)
+    plan = make_plan(make_recipe(kind), decoder)
+    seen = set()
+    for piece in plan.data.pieces:
+        if not set(piece.sources) & set(names):
+            continue
+        seen |= set(piece.sources)
+        span = slice(piece.start, piece.start + piece.rows * piece.step, piece.step)
+        whole = [merged.read(name)[span] for name in piece.sources]
+        expected = np.stack(whole, axis=1).reshape(-1, piece.columns)
+        found = [raw.copy() for _, raw in read_piece(merged, piece, 40 * piece.columns)]
+        # Summed in products of other sizes.
+        np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-6, rtol=0)
+    assert seen >= set(names)

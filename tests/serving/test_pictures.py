@@ -101,6 +101,7 @@ def test_several_pictures_and_then_text_alone(server: Server, artifact: Path, fo
         ("data:image/png,AAAA", "can only be a data: URL"),
         ("data:image/png;base64,A", "is not base64"),
         ("data:image/png;base64,%%%", "is not base64"),
+        ("data:image/png;base64,\u00e9", "is not base64"),
         ("data:image/png;base64,", "picture 1: is empty"),
         ("data:image/png;base64,bm90aGluZw==", "picture 1: is no picture that can be read"),
         ("file://{folder}/../secret.png", "names no file of the folder"),
@@ -110,6 +111,8 @@ def test_several_pictures_and_then_text_alone(server: Server, artifact: Path, fo
         ("file://{folder}", "names no file of the folder"),
         ("file://{folder}/a%00b.png", "names no file of the folder"),
         ("file://example.org{folder}/a%20b.png", "names no file of the folder"),
+        ("file://[", "names no file of the folder"),
+        ("file://\u2100/x", "names no file of the folder"),
         ("file://{folder}/text.png", "picture 1: is no picture that can be read"),
     ],
 )

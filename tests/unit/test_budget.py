@@ -11,6 +11,7 @@ import pytest
 
 from tests.formats.writing import write_artifact
 from tests.quality.artifacts import FORMATS, Case, make_recipe
+from tests.small_checkpoints import write_small_checkpoint
 from toolkit import budget, catalog, formats, mixing
 from toolkit.artifact import Limits
 from toolkit.budget import Budget, choose, fit_budget
@@ -304,3 +305,19 @@ def test_an_npu_gets_no_int8_layers(case: Case) -> None:
 
 def fit(recipe: Recipe, case: Case, wanted: Budget, report: Report | None = None) -> mixing.Mix:
     return fit_budget(recipe, case.checkpoint, wanted, Console(), report or Report(""))
+
+
+def test_rows_that_lie_apart_are_one_tensor(tmp_path: Path) -> None:
+    """Phi-3-small's gate and up are rows of one matrix, and apart in ONNX."""
+    checkpoint = Checkpoint.open(write_small_checkpoint(tmp_path))
+    plan = make_plan(make_recipe("onnx"), read_decoder(checkpoint.config))
+    seen: dict[str, int] = {}
+    for name, rounded in read_rounded(plan.data, checkpoint):
+        exact = checkpoint.read(name)
+        if exact.ndim == 2:
+            seen[name] = seen.get(name, 0) + 1
+        assert rounded.shape == exact.shape
+        # 4 bits are a tenth off.
+        assert np.linalg.norm(rounded - exact) <= 0.2 * np.linalg.norm(exact), name
+    head = read_decoder(checkpoint.config).names.embedding
+    assert {name: count for name, count in seen.items() if count > 1} == {head: 2}

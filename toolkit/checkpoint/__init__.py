@@ -271,13 +271,13 @@ class Checkpoint:
         return out
 
     def read_column_means(self, name: str) -> NDArray[np.float32]:
-        """The mean of each column of a matrix, float32; read once, then remembered."""
+        """The mean of each column of a matrix, float32; that of the latest matrix is remembered."""
         if name not in self._means:
             rows, columns = self.tensors[name].shape
             total = np.zeros(columns)
             for _, raw in self.read_rows(name):
                 total += to_float32(raw).sum(axis=0, dtype=np.float64)
-            self._means[name] = (total / rows).astype(np.float32)
+            self._means = {name: (total / rows).astype(np.float32)}
         return self._means[name]
 
     def _map(self, info: TensorInfo) -> fileio.MappedFile | None:

@@ -25,7 +25,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.lora_([AB])\.weight")
-HEAD = "lm_head.weight"
 # What PEFT can do beside W + scale * B A, and the values that stand for "not here".
 WITHOUT: Mapping[str, tuple[object, ...]] = {
     "use_dora": (False, None),
@@ -53,13 +52,9 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's folder: updates by the checkpoint's names, `digest` over settings and bytes.
-
-    `base` is what it says that it was trained on: an id or a path; empty when it says nothing.
-    """
+    """An adapter's folder: updates by the checkpoint's names, `digest` over settings and bytes."""
 
     folder: Path
-    base: str
     updates: Mapping[str, Update]
     tensors: Mapping[str, TensorInfo]
     digest: str
@@ -143,8 +138,22 @@ def _join(base: Checkpoint, adapter: Adapter) -> MergedCheckpoint:
     )  # fmt: skip
 
 
-def read_adapter(folder: Path, base: Checkpoint) -> Adapter:
-    """Read an adapter's settings and headers and hold them against the checkpoint."""
+@dataclass(frozen=True)
+class Found:
+    """What an adapter's folder says by itself: settings, tensors, A and B of each matrix."""
+
+    config: Config
+    tensors: Mapping[str, TensorInfo]
+    pairs: Mapping[str, tuple[str, str]]
+
+    @property
+    def base(self) -> str:
+        """What it was trained on: an id or a path; empty when it says nothing."""
+        return str(self.config.fields.get("base_model_name_or_path") or "")
+
+
+def look(folder: Path) -> Found:
+    """Read settings and headers, before any checkpoint is fetched; errors as of `merge`."""
     if not (folder / CONFIG).is_file():
         raise CheckpointError(
             f"{folder}: no {CONFIG}", advice="give a folder as PEFT's save_pretrained writes it"
@@ -157,10 +166,16 @@ def read_adapter(folder: Path, base: Checkpoint) -> Adapter:
             advice="save the adapter as safetensors; pickles are not read",
         )
     tensors = read_header(folder / WEIGHTS)
-    updates = {}
-    for name, (a, b) in _pair_up(folder, tensors).items():
+    return Found(config, tensors, _pair_up(folder, tensors))
+
+
+def read_adapter(folder: Path, base: Checkpoint) -> Adapter:
+    """Read an adapter and hold it against the checkpoint."""
+    found = look(folder)
+    tensors, updates = found.tensors, {}
+    for name, (a, b) in found.pairs.items():
         _check_target(folder, name, base)
-        rank, scale = _read_scale(config, name.removesuffix(".weight"))
+        rank, scale = _read_scale(found.config, name.removesuffix(".weight"))
         out, columns = base.tensors[name].shape
         for part, expected in ((a, (rank, columns)), (b, (out, rank))):
             if tensors[part].shape != expected:
@@ -170,8 +185,7 @@ def read_adapter(folder: Path, base: Checkpoint) -> Adapter:
                     advice="give the checkpoint that the adapter was trained on",
                 )
         updates[name] = Update(a, b, scale)
-    trained_on = str(config.fields.get("base_model_name_or_path") or "")
-    return Adapter(folder, trained_on, updates, tensors, _digest(folder, updates))
+    return Adapter(folder, updates, tensors, _digest(folder, updates))
 
 
 def _check_settings(config: Config) -> None:
@@ -214,11 +228,6 @@ def _check_target(folder: Path, name: str, base: Checkpoint) -> None:
         raise CheckpointError(
             f"{folder / WEIGHTS}: {name}: {base.folder} has no such matrix",
             advice="give the checkpoint that the adapter was trained on",
-        )
-    if name == HEAD and base.config.flag("tie_word_embeddings"):
-        raise UnsupportedError(
-            f"{folder / WEIGHTS}: {name}: the head of {base.folder} is its embedding, which an "
-            "update of the head would change too"
         )
 
 

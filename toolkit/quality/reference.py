@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint, to_float32
-from toolkit.decoder import MASKED_LOGIT, BlockSparse, Decoder, Parts, Rope
+from toolkit.decoder import MASKED_LOGIT, QUICK_GELU, BlockSparse, Decoder, Parts, Rope
 from toolkit.quality.routing import route
 
 Array = NDArray[np.float32]
@@ -25,7 +25,6 @@ PIECE_WEIGHTS = 1 << 22
 QUERY_ROWS = 16
 # Tokens whose gates are computed at once: the temporary arrays stay small beside the activations.
 GATED_ROWS = 256
-QUICK_GELU = 1.702  # gate x sigmoid(QUICK_GELU x gate)
 
 
 class Weights(Protocol):

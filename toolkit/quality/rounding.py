@@ -1,7 +1,7 @@
 """What rounding to the nearest makes of a checkpoint in a format, without writing an artifact."""
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from math import prod
 
 import numpy as np
 
@@ -18,8 +18,13 @@ def read_rounded(data: DataFile, checkpoint: Checkpoint) -> Iterator[tuple[str, 
 
     Float types are taken as they are: what they round away is nothing beside 8 bits.
     """
-    for name, pieces in groupby(data.pieces, key=lambda piece: piece.tensor):
-        yield name, _round(checkpoint, name, list(pieces))
+    waiting: dict[str, list[Piece]] = {}
+    for piece in data.pieces:
+        # Rows of a tensor may lie apart; one that is stored twice, a tied head, comes twice.
+        pieces = waiting.setdefault(piece.tensor, [])
+        pieces.append(piece)
+        if sum(one.rows for one in pieces) >= prod(checkpoint.tensors[piece.tensor].shape[:-1]):
+            yield piece.tensor, _round(checkpoint, piece.tensor, waiting.pop(piece.tensor))
 
 
 def round_trip(encoder: Encoder, weights: Array) -> Array:

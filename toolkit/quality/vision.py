@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.decoder import QUICK_GELU
 from toolkit.quality.reference import Array, Weights, silu, softmax
 from toolkit.vision import VisionEncoder
-
-QUICK_GELU = np.float32(1.702)
 
 
 def run_tower(weights: Weights, vision: VisionEncoder, crops: Array) -> Array:
@@ -69,9 +68,10 @@ def _run_layer(weights: Weights, vision: VisionEncoder, layer: int, states: Arra
     states = states + _project(weights, out, mixed).reshape(shape)
     normed = _normalize(weights, vision, names.mlp_norm.format(layer), states)
     inner = _project(weights, names.mlp_in.format(layer), normed.reshape(-1, vision.width))
+    steep = np.float32(QUICK_GELU)
     for start in range(0, len(inner), shape[1]):
         part = inner[start : start + shape[1]]
-        part[...] = silu(QUICK_GELU * part) / QUICK_GELU  # x * sigmoid(1.702 x)
+        part[...] = silu(steep * part) / steep
     return states + _project(weights, names.mlp_out.format(layer), inner).reshape(shape)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MOST_BYTES = 1 << 26
-MOST_PIXELS = 1 << 26  # 8192 x 8192; decoded they take 200 MB
+MOST_PIXELS = 1 << 26  # 8192 x 8192; decoded they take 268 MB
 # Phones write JPEGs with a preview behind the picture, which Pillow counts as a frame.
 STILL = ("JPEG", "MPO")
+ORIENTATION = 0x0112  # EXIF's tag: 1 upright, 2 to 8 turned or mirrored
 HALF_TAPS = (-0.09375, 0.59375, 0.59375, -0.09375)  # the bicubic filter halfway between pixels
 ADVICE = f"give one still picture: {', '.join(FORMATS)}"
 
@@ -68,14 +69,12 @@ def read_image(source: Path | bytes, where: str) -> Image:
         raise _refuse(where, f"has more than the {MOST_PIXELS:,} pixels allowed") from None
     except pillow.UnidentifiedImageError:
         raise _refuse(where, f"is no picture that can be read ({len(data)} bytes)") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        MemoryError,
-    ) as error:  # what decoders raise
-        raise _refuse(where, f"is a damaged picture: {error}") from None
+    except Failure:
+        raise
+    except MemoryError:
+        raise _refuse(where, "is too large for the memory here") from None
+    except Exception as error:  # Decoders raise anything; a picture must not count as our failure.
+        raise _refuse(where, f"is a damaged picture ({type(error).__name__}: {error})") from None
 
 
 def prepare_files(paths: Sequence[Path], vision: Vision | None, name: str) -> Pixels:
@@ -84,7 +83,7 @@ def prepare_files(paths: Sequence[Path], vision: Vision | None, name: str) -> Pi
         raise Failure(
             "request", f"{name} reads no pictures", "take an artifact of a model that does"
         )
-    return prepare([read_image(path, str(path)) for path in paths], vision)
+    return prepare((read_image(path, str(path)) for path in paths), vision)
 
 
 def import_pillow() -> Any:
@@ -122,16 +121,25 @@ def _check(picture: Image, where: str) -> None:
         raise _refuse(where, f"has {width} x {height} pixels")
     if width * height > MOST_PIXELS:
         raise _refuse(where, f"has {width} x {height} pixels; allowed are {MOST_PIXELS:,} in all")
-    frames = getattr(picture, "n_frames", 1)
-    if frames > 1 and picture.format not in STILL:
-        raise _refuse(where, f"is animated ({frames} frames)")
+    if picture.format not in STILL and getattr(picture, "is_animated", False):
+        raise _refuse(where, "is animated")
 
 
 def _make_upright(picture: Image) -> Image:
-    """Turn it as its camera says, then drop all but three channels, as the source does."""
-    from PIL import ImageOps
+    """Turn it as its camera says, then drop all but three channels, as the source does.
 
-    return ImageOps.exif_transpose(picture).convert("RGB")
+    Not by ImageOps.exif_transpose, which writes all of the EXIF anew and fails on what is damaged.
+    """
+    turns = import_pillow().Transpose
+    ways = {
+        2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE, 6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
+    }  # fmt: skip
+    try:
+        way = ways.get(picture.getexif().get(ORIENTATION, 1))
+    except Exception:  # EXIF that cannot be read says nothing
+        way = None
+    return (picture if way is None else picture.transpose(way)).convert("RGB")
 
 
 def _refuse(where: str, what: str) -> Failure:
@@ -158,8 +166,8 @@ def place_picture(width: int, height: int, vision: Vision) -> Grid:
     return Grid((short_side, long_side), (canvas_side, long_side), (margin, 0))
 
 
-def prepare(pictures: Sequence[Image], vision: Vision) -> Pixels:
-    """Cut pictures into crops; Failure for one that is too narrow."""
+def prepare(pictures: Iterable[Image], vision: Vision) -> Pixels:
+    """Cut pictures into crops, one after the other; Failure for one that is too narrow."""
     return cut_crops([_paint(picture, vision) for picture in pictures], vision)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from toolkit.decoder import Decoder, Experts
+from toolkit.decoder import QUICK_GELU, Decoder, Experts
 from toolkit.errors import require
 from toolkit.formats.onnx import routing, sparse
 from toolkit.formats.onnx.layout import DATA_FILE, EMBEDDING, Layout, Stored, rope_rows
@@ -16,7 +16,6 @@ from toolkit.formats.onnx.layout import DATA_FILE, EMBEDDING, Layout, Stored, ro
 MICROSOFT = "com.microsoft"
 IR_VERSION = 10
 OPSET = 21
-QUICK_GELU = 1.702  # gate x sigmoid(QUICK_GELU x gate)
 EMBEDDED = "inputs_embeds"  # instead of ids, where another graph puts pictures among the tokens
 
 

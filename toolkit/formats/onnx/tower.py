@@ -5,6 +5,7 @@ Matrices are blocks of 8 bits, or transposed floats that the graph widens; all e
 
 from math import prod
 
+from toolkit.decoder import QUICK_GELU
 from toolkit.formats.onnx.algebra import Value
 from toolkit.formats.onnx.encoders import Blocks, Plain, Transposed
 from toolkit.formats.onnx.graph import Graph
@@ -15,7 +16,6 @@ from toolkit.vision import VisionEncoder
 BITS = 8
 BLOCK_SIZE = 32
 FLOAT = "float32"
-QUICK_GELU = 1.702
 
 
 def place_vision(layout: Layout, vision: VisionEncoder, kind: str) -> None:

@@ -26,6 +26,7 @@ TYPE = "phi3v"  # of model, for onnxruntime-genai
 EMBEDDING_FILE = "embedding.onnx"
 DEFAULT = "int8"  # of the tower's matrices
 # Resident while a picture of 16 crops goes through layers of CLIP-L's width; two take twice that.
+LEAST_TEXT = 160
 PICTURE_BYTES = 650_000_000
 EXTENSIONS = "com.microsoft.extensions"
 TAPS = 4
@@ -69,9 +70,21 @@ def count_memory(recipe: OnnxRecipe, decoder: Decoder) -> int:
     return PICTURE_BYTES + (WIDER_BYTES * sum(matrices) if is_widened else 0)
 
 
+def count_least(vision: VisionEncoder) -> int:
+    """Tokens of two crops, the whole picture, their separators, and a text: the gate's question."""
+    side = vision.side
+    return 3 * side * side + 3 * side + 1 + LEAST_TEXT
+
+
 def check_context(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> None:
-    """PlanError for a context within which the runner would not notice LongRoPE's switch."""
+    """PlanError for a context that holds no picture, or hides LongRoPE's switch from the runner."""
     original, rope = decoder.rope.original_context, decoder.rope
+    if decoder.vision and context_length < (least := count_least(decoder.vision)):
+        raise PlanError(
+            f"{recipe.name}: context_length: got {context_length}; a picture with a text takes "
+            f"{least} tokens and more",
+            advice=f"set context_length to {least} or more, or give --context",
+        )
     if decoder.vision and rope.is_long and context_length > original != SWITCHES[TYPE]:
         raise PlanError(
             f"{recipe.name}: context_length: got {context_length}; LongRoPE's long factors hold "

@@ -48,8 +48,14 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     _check_groups(recipe, decoder)
     _check_stacks(recipe, decoder)
     _check_tied(recipe, decoder)
+    if decoder.sparse and recipe.provider != "cpu":
+        raise PlanError(
+            f"{recipe.name}: provider: got {recipe.provider}; this model's block-sparse attention "
+            "needs the attention of OpenVINO that takes masks, and was run on CPUs only; allowed "
+            "cpu"
+        )
     if recipe.provider == "npu":
-        _check_npu(recipe, decoder)
+        _check_npu(recipe)
 
 
 def _check_groups(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
@@ -88,13 +94,8 @@ def _check_tied(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
         )
 
 
-def _check_npu(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
+def _check_npu(recipe: OpenvinoRecipe) -> None:
     quantization = recipe.quantization
-    if decoder.sparse:
-        raise PlanError(
-            f"{recipe.name}: provider: got npu; this model's block-sparse attention needs the "
-            "attention of OpenVINO that takes masks, which NPUs do not offer; allowed cpu, gpu"
-        )
     for key, kinds in (
         ("precision", (quantization.precision,)),
         ("overrides", quantization.overrides.values()),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from toolkit.decoder import MASKED_LOGIT, Decoder, Experts, Parts, Rope, cut
+from toolkit.decoder import MASKED_LOGIT, QUICK_GELU, Decoder, Experts, Parts, Rope, cut
 from toolkit.formats.openvino import layout as layouts
 from toolkit.formats.openvino.experts import Stacks, add_experts
 from toolkit.formats.openvino.layout import Layout, stack_names
@@ -19,7 +19,6 @@ from toolkit.formats.openvino.sparse import add_block_mask
 
 LAST = -1
 TO_END = (1 << 63) - 1
-QUICK_GELU = 1.702  # gate x sigmoid(QUICK_GELU x gate)
 MASKED = -65504.0  # the least float16: the mask may be computed in half precision
 
 

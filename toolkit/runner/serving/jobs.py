@@ -205,9 +205,10 @@ class Line:
         vision = self._loaded.manifest.vision
         if not asked.pictures or vision is None:
             return encode_text(self._loaded, asked.text), None
-        pictures = [
+        # One at a time: decoded, a picture takes much more than its crops.
+        pictures = (
             read_image(one, f"picture {number}") for number, one in enumerate(asked.pictures, 1)
-        ]
+        )
         pixels = prepare(pictures, vision)
         return encode_pictures(self._loaded, asked.text, pixels.counts), pixels
 

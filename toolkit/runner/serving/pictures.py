@@ -6,7 +6,6 @@ those that they cannot reach themselves.
 
 from __future__ import annotations
 
-import binascii
 import re
 import urllib.parse
 from base64 import b64decode
@@ -49,7 +48,7 @@ class Eyes:
         if found := DATA_URL.match(url):
             try:
                 return b64decode(url[found.end() :], validate=True)
-            except binascii.Error:
+            except ValueError:
                 raise refuse(f"{where}: its data: URL is not base64", where) from None
         if url.startswith("file:"):
             return self._find(url, where)
@@ -57,17 +56,17 @@ class Eyes:
 
     def _find(self, url: str, where: str) -> Path:
         """The file of a URL inside the folder, links followed; Refusal tells nothing of others."""
-        parts = urllib.parse.urlsplit(url)
         if self.folder is None:
             raise _refuse_url(where, "names a file, which this server does not read")
         try:
+            parts = urllib.parse.urlsplit(url)
             path = Path(urllib.parse.unquote(parts.path)).resolve()
             is_inside = path.is_relative_to(self.folder.resolve()) and path.is_file()
-        except (OSError, ValueError):  # a name with NUL, a loop of links
-            is_inside = False
-        if parts.netloc not in ("", "localhost") or not is_inside:
-            raise _refuse_url(where, "names no file of the folder that this server reads")
-        return path
+            if is_inside and parts.netloc in ("", "localhost"):
+                return path
+        except (OSError, ValueError):  # no URL, a name with NUL, a loop of links
+            pass
+        raise _refuse_url(where, "names no file of the folder that this server reads")
 
 
 def _refuse_url(where: str, what: str) -> Refusal:
