@@ -43,21 +43,21 @@ PREPROCESSOR: dict[str, Any] = {
 
 
 def write_vision_checkpoint(
-    folder: Path, *, dtype: Dtype = "bf16", crops: int = 16, seed: int = 0
+    folder: Path, *, dtype: Dtype = "bf16", crops: int = 16, seed: int = 0, width: int = WIDTH
 ) -> Path:
     """Write the checkpoint into `folder` and return `folder`."""
     write_random_checkpoint(folder, "mha", dtype=dtype)
-    config = vision_config(dtype)
+    config = vision_config(dtype, width)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     preprocessor = {**PREPROCESSOR, "num_crops": crops}
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(preprocessor, indent=2), encoding="utf-8")
-    weights = random_weights(config, seed) | tower_weights(config["hidden_size"], seed)
+    weights = random_weights(config, seed) | tower_weights(config["hidden_size"], seed, width)
     write_safetensors(folder / "model.safetensors", weights, dtype)
     return folder
 
 
-def vision_config(dtype: Dtype = "bf16") -> dict[str, Any]:
+def vision_config(dtype: Dtype = "bf16", width: int = WIDTH) -> dict[str, Any]:
     """Return config.json; the keys are those of Phi-3-vision-128k, and the small tower's."""
     pairs = 32
     return {
@@ -72,7 +72,7 @@ def vision_config(dtype: Dtype = "bf16") -> dict[str, Any]:
             "with_learnable_separator": True,
         },
         "img_processor": {
-            "image_dim_out": WIDTH,
+            "image_dim_out": width,
             "model_name": "openai/clip-vit-large-patch14-336",
             "name": "clip_vision_model",
             "num_img_tokens": 144,
@@ -91,7 +91,7 @@ def vision_config(dtype: Dtype = "bf16") -> dict[str, Any]:
     }
 
 
-def tower_weights(hidden: int, seed: int = 0) -> Weights:
+def tower_weights(hidden: int, seed: int = 0, width: int = WIDTH) -> Weights:
     """Return the tower, the separators and the projector as float32."""
     rng = np.random.default_rng(seed + 1)
     weights: Weights = {}
@@ -104,27 +104,27 @@ def tower_weights(hidden: int, seed: int = 0) -> Weights:
         noise(f"{name}.bias", rows, std=0.1)
 
     def norm(name: str) -> None:
-        noise(f"{name}.weight", WIDTH, std=0.1)
+        noise(f"{name}.weight", width, std=0.1)
         weights[f"{name}.weight"] += 1
-        noise(f"{name}.bias", WIDTH, std=0.1)
+        noise(f"{name}.bias", width, std=0.1)
 
-    noise(f"{CLIP}embeddings.class_embedding", WIDTH, std=1.0)
-    noise(f"{CLIP}embeddings.patch_embedding.weight", WIDTH, 3, 14, 14, std=588**-0.5)
-    noise(f"{CLIP}embeddings.position_embedding.weight", 577, WIDTH, std=0.5)
+    noise(f"{CLIP}embeddings.class_embedding", width, std=1.0)
+    noise(f"{CLIP}embeddings.patch_embedding.weight", width, 3, 14, 14, std=588**-0.5)
+    noise(f"{CLIP}embeddings.position_embedding.weight", 577, width, std=0.5)
     norm(f"{CLIP}pre_layrnorm")
     for layer in range(LAYERS):
         prefix = f"{CLIP}encoder.layers.{layer}."
         norm(f"{prefix}layer_norm1")
         norm(f"{prefix}layer_norm2")
         for part in ("q", "k", "v"):
-            linear(f"{prefix}self_attn.{part}_proj", WIDTH, WIDTH, gain=1.5)
-        linear(f"{prefix}self_attn.out_proj", WIDTH, WIDTH)
-        linear(f"{prefix}mlp.fc1", INNER, WIDTH, gain=1.5)
-        linear(f"{prefix}mlp.fc2", WIDTH, INNER)
+            linear(f"{prefix}self_attn.{part}_proj", width, width, gain=1.5)
+        linear(f"{prefix}self_attn.out_proj", width, width)
+        linear(f"{prefix}mlp.fc1", INNER, width, gain=1.5)
+        linear(f"{prefix}mlp.fc2", width, INNER)
     norm(f"{CLIP}post_layernorm")
-    noise(f"{ROOT}sub_GN", 1, 1, 1, 4 * WIDTH, std=1.0)
-    noise(f"{ROOT}glb_GN", 1, 1, 4 * WIDTH, std=1.0)
-    linear(f"{ROOT}img_projection.0", hidden, 4 * WIDTH, gain=1.5)
+    noise(f"{ROOT}sub_GN", 1, 1, 1, 4 * width, std=1.0)
+    noise(f"{ROOT}glb_GN", 1, 1, 4 * width, std=1.0)
+    linear(f"{ROOT}img_projection.0", hidden, 4 * width, gain=1.5)
     linear(f"{ROOT}img_projection.2", hidden, hidden, gain=0.8)
     return weights
 

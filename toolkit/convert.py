@@ -16,7 +16,7 @@ from toolkit.errors import PhishipError
 from toolkit.job import Building, Job
 from toolkit.quality.texts import Text
 from toolkit.staging import Staging
-from toolkit.stream import Output, list_tasks, stream
+from toolkit.stream import Output, list_tasks, open_output, stream
 
 
 def convert(jobs: Sequence[Job], staged: Mapping[str, Staging], building: Building) -> None:
@@ -104,11 +104,10 @@ def _open_output(job: Job, staging: Staging, checkpoint: Checkpoint) -> Output:
     plan = job.plan
     module = formats.get(plan.recipe.format)
     header = module.header_bytes(plan.recipe, plan.decoder, checkpoint)
-    path = staging.folder / plan.data.name
-    if not staging.is_resumed:
-        fileio.reserve(path, len(header) + plan.data.size_bytes)
-    fileio.write_start(path, header)
-    return Output(plan.data, path, len(header), staging.done, staging.record)
+    return open_output(
+        plan.data, staging.folder, header, staging.done, staging.record,
+        is_resumed=staging.is_resumed,
+    )  # fmt: skip
 
 
 class _Clock:

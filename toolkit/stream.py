@@ -7,6 +7,7 @@ threads, and memory stays at a few buffers whatever the model's size.
 import ctypes
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, suppress
@@ -101,12 +102,24 @@ class Constant:
 
 @dataclass(frozen=True)
 class DataFile:
-    """The layout of an artifact's one large file; offsets count from the end of its header."""
+    """The layout of an artifact's one large file; offsets count from the end of its header.
+
+    With `others` it is cut into files: each one's name and the offset at which it begins, in
+    order. A piece lies in one file; only a file that is whole has a header.
+    """
 
     name: str
     size_bytes: int
     pieces: tuple[Piece, ...]
     constants: tuple[Constant, ...] = ()
+    others: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def spans(self) -> list[tuple[str, int, int]]:
+        """The name of each file, the offset at which it begins, and its size in bytes."""
+        names, starts = zip((self.name, 0), *self.others, strict=True)
+        ends = (*starts[1:], self.size_bytes)
+        return [(n, a, b - a) for n, a, b in zip(names, starts, ends, strict=True)]
 
     @property
     def weights(self) -> int:
@@ -172,6 +185,21 @@ class Output:
     record: Callable[[Sequence[int]], None] = _forget
 
 
+def open_output(
+    data: DataFile, folder: Path, header: bytes, done: Container[int] = (),
+    record: Callable[[Sequence[int]], None] = _forget, *, is_resumed: bool = False,
+) -> Output:  # fmt: skip
+    """The data file in `folder` with its header written, at its full size.
+
+    BuildError when the disk is full, or when a file is there already and nothing is resumed.
+    """
+    path = folder / data.name
+    for name, start, size_bytes in () if is_resumed else data.spans:
+        fileio.reserve(folder / name, size_bytes + (0 if start else len(header)))
+    fileio.write_start(path, header)
+    return Output(data, path, len(header), done, record)
+
+
 def stream(
     checkpoint: Checkpoint, outputs: Sequence[Output], workers: int, advance: Advance
 ) -> dict[int, PhishipError]:
@@ -199,13 +227,35 @@ def stream(
 
 
 def _write_constants(output: Output) -> None:
-    descriptor = fileio.open_to_write(output.path)
-    try:
+    with _Target(output) as target:
         for constant in output.data.constants:
             view = fileio.as_bytes(constant.make())
-            fileio.write_at(descriptor, view, output.base + constant.offset)
-    finally:
-        os.close(descriptor)
+            descriptor, (offset,) = target.find((output.base + constant.offset,))
+            fileio.write_at(descriptor, view, offset)
+
+
+class _Target:
+    """The files of an output, open to be written in place."""
+
+    def __init__(self, output: Output) -> None:
+        self._starts = [start for _, start, _ in output.data.spans]
+        self._paths = [output.path.with_name(name) for name, *_ in output.data.spans]
+        self._paths[0] = output.path
+        self._descriptors: list[int] = []
+
+    def __enter__(self) -> "_Target":
+        self._descriptors = [fileio.open_to_write(path) for path in self._paths]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+    def find(self, offsets: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        """The file that offsets lie in, and where they lie in it."""
+        place = bisect_right(self._starts, offsets[0]) - 1
+        start = self._starts[place]
+        return self._descriptors[place], tuple(offset - start for offset in offsets)
 
 
 @dataclass(frozen=True)
@@ -300,21 +350,20 @@ def _serve(source: Checkpoint, work: _Work) -> None:
     """Worker: do tasks until there are no more, with open files and buffers of its own."""
     with ExitStack() as files:
         checkpoint = files.enter_context(closing(source.reopen()))
-        targets = [
-            files.enter_context(output.path.open("r+b", buffering=0)) for output in work.outputs
-        ]
+        targets = [files.enter_context(_Target(output)) for output in work.outputs]
         for task in work.take():
-            _do(task, checkpoint, targets[task.output].fileno(), work)
+            _do(task, checkpoint, targets[task.output], work)
 
 
-def _do(task: Task, checkpoint: Checkpoint, descriptor: int, work: _Work) -> None:
+def _do(task: Task, checkpoint: Checkpoint, target: _Target, work: _Work) -> None:
     """Read, encode and write one task part by part; leave it when all is to end."""
     piece, read_bytes = task.piece, 0
+    descriptor, offsets = target.find(piece.offsets)
     try:
         for row, raw in read_piece(checkpoint, piece):
             if work.is_closed:
                 return
-            piece.encoder.write(descriptor, raw, row, piece.offsets)
+            piece.encoder.write(descriptor, raw, row, offsets)
             read_bytes += raw.size * checkpoint.tensors[piece.tensor].item_bytes
     except PhishipError as error:
         work.give_up(task, error)

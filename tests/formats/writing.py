@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from toolkit import fileio, formats
+from toolkit import formats
 from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder
 from toolkit.families import read_decoder
 from toolkit.plan import make_plan
 from toolkit.progress import ignore
 from toolkit.recipe import Recipe
-from toolkit.stream import Output, stream
+from toolkit.stream import open_output, stream
 
 
 def write_artifact(
@@ -21,8 +21,5 @@ def write_artifact(
     plan = make_plan(recipe, decoder, workers=workers)
     module = formats.get(recipe.format)
     header = module.header_bytes(recipe, decoder, checkpoint)
-    path = folder / plan.data.name
-    fileio.reserve(path, len(header) + plan.data.size_bytes)
-    fileio.write_start(path, header)
-    stream(checkpoint, [Output(plan.data, path, len(header))], workers, ignore)
+    stream(checkpoint, [open_output(plan.data, folder, header)], workers, ignore)
     module.write_rest(folder, recipe, decoder, checkpoint, plan.context_length)

@@ -150,7 +150,7 @@ def test_counts_of_pictures_have_to_fit() -> None:
         place_features(np.zeros((4, 8), np.float32), [1, -1, -1, 2], np.zeros((3, 8), np.float32))
 
 
-@pytest.mark.parametrize("name", ["gguf", "mlx", "openvino"])
+@pytest.mark.parametrize("name", ["gguf", "mlx"])
 def test_formats_that_cannot_see_refuse_at_planning(name: str, folder: Path) -> None:
     recipe = next(
         one

@@ -23,6 +23,12 @@ VERIFIED = {
         "tower is transformers' CLIP; the published code was not run here",
         "tests/formats/test_onnx_vision.py",
     ),
+    "openvino": Evidence(
+        "features and logits of one and of several pictures are those of a NumPy reference, whose "
+        "tower is transformers' CLIP; openvino-genai's pipeline loads it; the published code was "
+        "not run here",
+        "tests/formats/test_openvino_vision.py",
+    ),
 }
 ROOT = "model.vision_embed_tokens"
 CLIP = f"{ROOT}.img_processor.vision_model"

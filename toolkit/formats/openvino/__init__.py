@@ -13,24 +13,23 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.openvino import graph, reader, sparse
+from toolkit.formats.openvino import graph, reader, sparse, vision
 from toolkit.formats.openvino.layout import MAIN_FILE, list_stacks
 from toolkit.formats.openvino.recipe import OpenvinoRecipe
-from toolkit.formats.openvino.session import OpenvinoSession
+from toolkit.formats.openvino.session import OpenvinoSession, SeeingSession
 from toolkit.formats.openvino.tokenizer import write_tokenizer
 from toolkit.overrides import check_patterns, list_matrices, path_of, resolve
 from toolkit.recipe import Recipe
+from toolkit.runner.sight import LANGUAGE
 from toolkit.stream import DataFile
 
 RECIPE = OpenvinoRecipe
 NETWORK_BYTES = 2_100_000  # of 40 layers, or Phi-3-small's 32, rounded up
 HOLDS: frozenset[Special] = frozenset(
     ("layer norms", "biases", "split projections", "experts", "block-sparse attention", "gegelu",
-     "multipliers", "masked tokens")
+     "multipliers", "masked tokens", "pictures")
 )  # fmt: skip
-REASONS: Mapping[Special, str] = {
-    "pictures": "pictures are not written for openvino-genai yet",
-}
+REASONS: Mapping[Special, str] = {}
 PACKAGES = ("openvino", "openvino-genai", "openvino-tokenizers", "transformers")
 GROUP_SIZES = (32, 64, 128)
 NPU_GROUP_SIZES = (-1, 128)
@@ -45,6 +44,7 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
     recipe = cast(OpenvinoRecipe, recipe)
     where = f"{recipe.name}: quantization.overrides"
     check_patterns(where, recipe.quantization.overrides, decoder)
+    vision.check_vision(recipe, decoder)
     _check_groups(recipe, decoder)
     _check_stacks(recipe, decoder)
     _check_tied(recipe, decoder)
@@ -131,7 +131,10 @@ def list_choices(recipe: Recipe, decoder: Decoder) -> dict[str, tuple[Any, ...]]
 def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
     """Place every tensor in openvino_model.bin; the context does not matter to it."""
     del context_length
-    return graph.lay_out(cast(OpenvinoRecipe, recipe), decoder).data_file()
+    recipe = cast(OpenvinoRecipe, recipe)
+    if decoder.vision:
+        return vision.lay_out(recipe, decoder)
+    return graph.lay_out(recipe, decoder).data_file()
 
 
 def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
@@ -144,9 +147,12 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
             "runner computes the whole sequence anew there, once; a program that shares cached "
             "keys among prompts (openvino-genai's prefix caching, its default) leaves the source"
         )
-    properties, mask_bytes = {}, 0
+    properties, more_bytes = {}, 0
+    if decoder.vision:
+        more_bytes = vision.PICTURE_BYTES
+        notes.append(vision.NOTE)
     if decoder.sparse:
-        properties, mask_bytes = sparse.PROPERTIES, sparse.count_mask_bytes(decoder, context_length)
+        properties, more_bytes = sparse.PROPERTIES, sparse.count_mask_bytes(decoder, context_length)
         notes.append(
             "block-sparse attention: the runner pins ATTENTION_BACKEND=SDPA; another program has "
             "to do the same, for openvino-genai's default drops the pattern silently"
@@ -155,12 +161,13 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         engine="openvino_genai",
         provider=recipe.provider,
         package="openvino-genai",
-        main_file=MAIN_FILE,
+        main_file=f"{LANGUAGE}.xml" if decoder.vision else MAIN_FILE,
         kv_bytes_per_token=decoder.kv_bytes_per_token(CACHE_BYTES),
-        overhead_bytes=OVERHEAD_BYTES + mask_bytes,
+        overhead_bytes=OVERHEAD_BYTES + more_bytes,
         valid_context=(1, context_length),
         notes=tuple(notes),
         properties=properties,
+        companions=("pillow",) if decoder.vision else (),
     )
 
 
@@ -180,10 +187,14 @@ def write_rest(
 ) -> None:
     """Write the network, tokenizer and detokenizer, configurations, the tokenizer's own files."""
     del context_length
-    graph.make_network(cast(OpenvinoRecipe, recipe), decoder).write(folder / MAIN_FILE)
+    recipe = cast(OpenvinoRecipe, recipe)
+    if decoder.vision:
+        vision.write_networks(folder, recipe, decoder, checkpoint)
+    else:
+        graph.make_network(recipe, decoder).write(folder / MAIN_FILE)
+        shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
     checkpoint.write_tokenizer(folder)
     write_tokenizer(checkpoint, folder)
-    shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
     generation = {**checkpoint.generation, "eos_token_id": list(checkpoint.stop_ids)}
     text = json.dumps(generation, indent=2) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
@@ -196,4 +207,5 @@ def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np
 
 def open_session(folder: Path, **properties: str) -> OpenvinoSession:
     """Open the artifact in openvino-genai, on the CPU."""
-    return OpenvinoSession(folder, **properties)
+    kind = SeeingSession if (folder / f"{LANGUAGE}.xml").exists() else OpenvinoSession
+    return kind(folder, **properties)

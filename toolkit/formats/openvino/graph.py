@@ -66,16 +66,18 @@ class _Graph:
         """Inputs to logits. Float weights ask for a float16 cache, as their exporter does."""
         net, names = self.net, self.decoder.names
         quantization = self.recipe.quantization
-        ids, attention, positions = (
-            self._parameter(name, "i64", "?,?")
-            for name in ("input_ids", "attention_mask", "position_ids")
+        if self.decoder.vision:  # pictures stand among the embeddings
+            ids = net.parameter("inputs_embeds", "f32", f"?,?,{self.decoder.hidden}")
+        else:
+            ids = net.parameter("input_ids", "i64", "?,?")
+        attention, positions = (
+            net.parameter(name, "i64", "?,?") for name in ("attention_mask", "position_ids")
         )
-        beam = self._parameter("beam_idx", "i32", "?")
-        embedding = self._matrix(names.embedding)
-        rows = net.add("Convert", ids, dtype="i32", destination_type="i32")
-        hidden = self._gather(embedding, rows, net.integer(0, "i32"))
-        if self.decoder.embedding_scale != 1:
-            hidden = net.add("Multiply", hidden, net.number(self.decoder.embedding_scale))
+        beam = net.parameter("beam_idx", "i32", "?")
+        embedding, hidden = None, ids
+        if not self.decoder.vision:
+            embedding = net.matrix(names.embedding)
+            hidden = look_up(net, self.decoder, embedding, ids)
         cos, sin = _add_rotation(net, self.decoder.rope, positions)
         mask = _add_mask(net, ids, attention, self.decoder.window)
         block_mask = mask
@@ -86,13 +88,12 @@ class _Graph:
             hidden = self._add_layer(layer, hidden, inputs)
         hidden = self._norm(hidden, names.final_norm)
         if self.decoder.is_tied:
-            logits = self._multiply(hidden, embedding)
+            logits = self._multiply(hidden, embedding or net.matrix(names.embedding))
         else:
             logits = self._linear(hidden, names.head)
         if self.decoder.masked_tokens:
             logits = net.add("Add", logits, self._mask_tokens())
-        net.label(logits, "logits")
-        net.add_many("Result", logits, outputs=0, name="logits")
+        net.give(logits, "logits")
         net.set_runtime_option("ACTIVATIONS_SCALE_FACTOR", "8.0")
         if quantization.precision == "f16":
             net.set_runtime_option("KV_CACHE_PRECISION", "f16")
@@ -106,11 +107,6 @@ class _Graph:
                 bias[token] = MASKED_LOGIT
             layout.add_values(name, "f32", (self.decoder.vocab,), tuple(bias))
         return self.net.constant(name)
-
-    def _parameter(self, name: str, dtype: str, shape: str) -> Value:
-        value = self.net.add("Parameter", dtype=dtype, name=name, shape=shape, element_type=dtype)
-        self.net.label(value, name)
-        return value
 
     def _add_layer(self, layer: int, hidden: Value, inputs: _Inputs) -> Value:
         net, names = self.net, self.decoder.names
@@ -164,7 +160,7 @@ class _Graph:
     def _mix(self, layer: int, normed: Value, experts: Experts) -> Value:
         """The experts; the router stays float32."""
         gate, up, down = (
-            self._matrix(pattern.format(layer, "*")) for pattern in stack_names(self.decoder)
+            self.net.matrix(pattern.format(layer, "*")) for pattern in stack_names(self.decoder)
         )
         router = self.net.constant(self.decoder.names.router.format(layer))
         stacks = Stacks(gate, up, down)
@@ -261,7 +257,7 @@ class _Graph:
 
     def _linear(self, rows: Value, name: str) -> Value:
         """The product with a matrix, and its bias, if any."""
-        product = self._multiply(rows, self._matrix(name))
+        product = self._multiply(rows, self.net.matrix(name))
         bias = self.decoder.bias_of(name)
         return self.net.add("Add", product, self.net.constant(bias)) if bias else product
 
@@ -271,28 +267,14 @@ class _Graph:
     def _gather(self, values: Value, indices: Value, axis: Value) -> Value:
         return self.net.add("Gather", values, indices, axis, batch_dims=0)
 
-    def _matrix(self, name: str) -> Value:
-        """An [..., out, in] matrix as float32, which the runtime keeps as it is stored.
 
-        Only in this order: scale, reshape, convert to float32. Any other one is computed at load.
-        """
-        net, layout = self.net, self.net.layout
-        value = net.constant(name)
-        if (scale := f"{name}/scale") in layout.stored:
-            value = _to_half(net, value)
-            if (points := f"{name}/zero_point") in layout.stored:
-                value = net.add("Subtract", value, _to_half(net, net.constant(points)))
-            value = net.add("Multiply", value, net.constant(scale))
-        if layout.stored[name].shape != layout.shapes[name]:
-            shape = net.integers(*layout.shapes[name])
-            value = net.add("Reshape", value, shape, special_zero=False)
-        wide = net.add("Convert", value, dtype="f32", destination_type="f32")
-        net.mark_decompression(wide)
-        return wide
-
-
-def _to_half(net: Network, value: Value) -> Value:
-    return net.add("Convert", value, dtype="f16", destination_type="f16")
+def look_up(net: Network, decoder: Decoder, embedding: Value, ids: Value) -> Value:
+    """Embeddings of int64 ids [batch, n]: float32 [batch, n, hidden]."""
+    rows = net.add("Convert", ids, dtype="i32", destination_type="i32")
+    hidden = net.add("Gather", embedding, rows, net.integer(0, "i32"), batch_dims=0)
+    if decoder.embedding_scale != 1:
+        hidden = net.add("Multiply", hidden, net.number(decoder.embedding_scale))
+    return hidden
 
 
 def _slice(net: Network, value: Value, start: int, stop: int, axis: int, step: int = 1) -> Value:

@@ -37,11 +37,15 @@ class Stored:
 
 @dataclass
 class Layout:
-    """Constants in the order they lie, and how each is filled."""
+    """Constants in the order they lie, and how each is filled.
+
+    Offsets count from `start`, which is where the file begins in all that is streamed.
+    """
 
     quantization: OpenvinoQuantization
     shapes: dict[str, tuple[int, ...]]
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    start: int = 0
     end: int = 0
     stored: dict[str, Stored] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
@@ -78,7 +82,8 @@ class Layout:
     ) -> None:
         """A small array that is known without the checkpoint."""
         offset = self._place(name, dtype, shape)
-        self.constants.append(Constant(offset, partial(np.array, values, DTYPES[dtype])))
+        make = partial(np.array, values, DTYPES[dtype])
+        self.constants.append(Constant(self.start + offset, make))
 
     def _add_asymmetric(self, name: str, bits: Literal[4, 8]) -> None:
         whole = bits == 8 or self.quantization.group_size == -1
@@ -114,7 +119,8 @@ class Layout:
         for source in self.sources.get(name, (name,)):
             shape = self.shapes[source]
             rows = prod(shape[:-1])
-            self.pieces.append(Piece(source, 0, rows, shape[-1], encoder, offsets, first))
+            places = tuple(self.start + offset for offset in offsets)
+            self.pieces.append(Piece(source, 0, rows, shape[-1], encoder, places, first))
             first += rows
 
 
@@ -128,6 +134,8 @@ def lay_out(recipe: OpenvinoRecipe, decoder: Decoder) -> Layout:
     kinds |= resolve(quantization.overrides, decoder)
     for name, shape in decoder.shapes().items():
         kind = kinds.get(name) or quantization.precision
+        if name == names.embedding and decoder.vision and not decoder.is_tied:
+            continue  # a network of its own has it
         if len(shape) == 1 or decoder.kind_of(name) == "router":
             layout.add_plain(name, "f32", factor_of(decoder, name))
         elif name not in stacks:

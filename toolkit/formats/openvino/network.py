@@ -18,13 +18,14 @@ OPSETS = {
     **dict.fromkeys(("Add", "Divide", "Multiply", "Power", "Subtract"), 1),
     **dict.fromkeys(("Abs", "Exp", "Maximum", "Minimum", "ReduceSum"), 1),
     **dict.fromkeys(("Equal", "Greater", "GreaterEqual", "LessEqual", "LogicalOr", "Select"), 1),
-    **dict.fromkeys(("Clamp", "FloorMod", "Less"), 1),
+    **dict.fromkeys(("Clamp", "Convolution", "FloorMod", "Less", "ReduceMin"), 1),
     **dict.fromkeys(("Const", "Convert", "Parameter", "Result"), 1),
     **dict.fromkeys(("Cos", "MatMul", "ReduceMax", "ReduceMean", "Sin", "Sqrt"), 1),
     **dict.fromkeys(("Concat", "Reshape", "Tile", "Transpose", "Unsqueeze", "VariadicSplit"), 1),
     **dict.fromkeys(("Broadcast", "ScatterElementsUpdate", "ShapeOf"), 3),
     **dict.fromkeys(("Range", "Swish"), 4),
     **dict.fromkeys(("Assign", "MVN", "ReadValue"), 6),
+    "Gelu": 7,
     **dict.fromkeys(("Gather", "Slice"), 8),
     "TopK": 11,
     **dict.fromkeys(("BitwiseAnd", "ScaledDotProductAttention"), 13),
@@ -125,6 +126,38 @@ class Network:
                 shape=",".join(map(str, stored.shape)), offset=stored.offset, size=stored.nbytes,
             )  # fmt: skip
         return self._constants[name]
+
+    def matrix(self, name: str) -> Value:
+        """An [..., out, in] matrix as float32, which the runtime keeps as it is stored.
+
+        Only in this order: scale, reshape, convert to float32. Any other one is computed at load.
+        """
+        layout, value = self.layout, self.constant(name)
+        if (scale := f"{name}/scale") in layout.stored:
+            value = self._to_half(value)
+            if (points := f"{name}/zero_point") in layout.stored:
+                value = self.add("Subtract", value, self._to_half(self.constant(points)))
+            value = self.add("Multiply", value, self.constant(scale))
+        if layout.stored[name].shape != layout.shapes[name]:
+            shape = self.integers(*layout.shapes[name])
+            value = self.add("Reshape", value, shape, special_zero=False)
+        wide = self.add("Convert", value, dtype="f32", destination_type="f32")
+        self.mark_decompression(wide)
+        return wide
+
+    def parameter(self, name: str, dtype: str, shape: str) -> Value:
+        """An input; `shape` has ? for what is not known."""
+        value = self.add("Parameter", dtype=dtype, name=name, shape=shape, element_type=dtype)
+        self.label(value, name)
+        return value
+
+    def give(self, value: Value, name: str) -> None:
+        """Make a value an output of that name."""
+        self.label(value, name)
+        self.add_many("Result", value, outputs=0, name=name)
+
+    def _to_half(self, value: Value) -> Value:
+        return self.add("Convert", value, dtype="f16", destination_type="f16")
 
     def integers(self, *values: int) -> Value:
         """An int64 vector."""

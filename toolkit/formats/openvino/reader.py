@@ -11,6 +11,7 @@ from toolkit.decoder import Decoder
 from toolkit.errors import require
 from toolkit.formats.openvino.layout import MAIN_FILE as MAIN_FILE
 from toolkit.formats.openvino.layout import factor_of, list_stacks
+from toolkit.runner.sight import LANGUAGE, TEXT
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -37,11 +38,13 @@ def decode(constants: dict[str, Any], name: str, part: int | None = None) -> NDA
 
 
 def read_constants(folder: Path) -> dict[str, Any]:
-    """Constants of the network by name."""
-    model = require("openvino").Core().read_model(folder / MAIN_FILE)
+    """Constants of the networks that the decoder is made of, by name."""
+    core, files = require("openvino").Core(), [folder / f"{one}.xml" for one in (LANGUAGE, TEXT)]
+    paths = files if files[0].exists() else [folder / MAIN_FILE]
     return {
         node.get_friendly_name(): node
-        for node in model.get_ordered_ops()
+        for path in paths
+        for node in core.read_model(path).get_ordered_ops()
         if node.get_type_name() == "Constant"
     }
 

@@ -15,7 +15,8 @@ class OpenvinoQuantization(Quantization, frozen=True, kw_only=True, forbid_unkno
     `group_size` -1 is one group a row. int8 is always one range a row, with a zero point. What
     `embedding` and `head` leave out is f16 beside f16 and int8 beside the others. `overrides`: by
     module path as the checkpoint spells it, `*` stands for anything, the last match counts, also
-    before `embedding` and `head`.
+    before `embedding` and `head`. `vision` is the kind of the tower's matrices and the projector's,
+    int8 where it is left out.
     """
 
     precision: Kind
@@ -24,6 +25,7 @@ class OpenvinoQuantization(Quantization, frozen=True, kw_only=True, forbid_unkno
     embedding: Kind | None = None
     head: Kind | None = None
     overrides: dict[str, Kind] = msgspec.field(default_factory=dict)
+    vision: Kind | None = None
 
     def __post_init__(self) -> None:
         """Fill in what depends on the precision."""

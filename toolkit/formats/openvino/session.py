@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from toolkit.errors import ArtifactError, require
 from toolkit.formats.openvino.layout import MAIN_FILE
+from toolkit.runner.images import Pixels
+from toolkit.runner.sight import Sight
 
 # Nothing but the weights differs from the source: no bfloat16, no 8-bit cache or activations.
 EXACT = {
@@ -94,3 +96,45 @@ class OpenvinoSession:
             yield
         except RuntimeError as error:
             raise ArtifactError(f"{self._folder}: OpenVINO does not load it: {error}") from error
+
+
+class SeeingSession(OpenvinoSession):
+    """An artifact that sees: logits and answers by OpenVINO itself, of the source's ids and pixels.
+
+    openvino-genai's pipeline would prepare pictures in its own way.
+    """
+
+    _sight: Sight | None = None
+
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
+        """float32 [len(ids), vocabulary]."""
+        return self._read(ids, None)
+
+    def picture_logits(self, ids: list[int], pixels: Pixels) -> NDArray[np.float32]:
+        """float32 [len(ids), vocabulary]; ids below 0 stand for the pictures' rows, in order."""
+        return self._read(ids, pixels)
+
+    def generate(self, ids: list[int], max_tokens: int) -> list[int]:
+        """Greedy continuation; ends after the first stop id, which is included."""
+        tokens: list[int] = []
+        for token in self._load().write(ids, None, None, lambda row: int(row.argmax())):
+            tokens.append(token)
+            if self.stops(token) or len(tokens) == max_tokens:
+                break
+        return tokens
+
+    def close(self) -> None:
+        """Free the model."""
+        self._sight = None
+
+    def _read(self, ids: list[int], pixels: Pixels | None) -> NDArray[np.float32]:
+        sight = self._load()
+        sight.forget()
+        logits: NDArray[np.float32] = sight.extend(sight.embed(ids, pixels), 0)
+        return logits
+
+    def _load(self) -> Sight:
+        if self._sight is None:
+            with self._explained():
+                self._sight = Sight(self._openvino, self._folder, "CPU", EXACT)
+        return self._sight

@@ -68,6 +68,7 @@ def _rename(network: Any) -> None:
 
 def _read(folder: Path) -> Any:
     transformers = require("transformers")
+    transformers.logging.set_verbosity_error()  # it would say of phi3_v that it does not know it
     try:
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

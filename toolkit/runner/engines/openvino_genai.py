@@ -14,9 +14,11 @@ from types import MappingProxyType
 from typing import Any
 
 from ..failure import Failure
+from ..images import Pixels
 from ..settings import GREEDY, Sampling, Settings, check_offered
+from ..sight import LANGUAGE, Sight
 from ._producing import Producer, Put
-from ._sampling import choose_seed
+from ._sampling import choose_seed, make_chooser
 
 PACKAGE = "openvino-genai"
 MODULE = "openvino_genai"
@@ -70,7 +72,7 @@ class Model:
     ) -> Generator[tuple[int, str], None, None]:
         """Yield up to `new_tokens` (token id, text) pairs."""
         with closing(self._generate_ids(list(prompt_ids), new_tokens, sampling)) as tokens:
-            yield from self.spell(tokens)
+            yield from spell(self._tokenizer, tokens)
 
     def _generate_ids(
         self, ids: list[int], new_tokens: int, sampling: Sampling
@@ -87,17 +89,6 @@ class Model:
                     yield token
             if ids[-1] in self._stop_ids:
                 return
-
-    def spell(self, tokens: Iterator[int]) -> Iterator[tuple[int, str]]:
-        """Pair each token with the text it adds; a character comes with its last token."""
-        answer: list[int] = []
-        printed = 0
-        for token in tokens:
-            answer.append(token)
-            text = self._tokenizer.decode(answer)
-            piece = "" if text.endswith(INCOMPLETE) else text[printed:]
-            printed += len(piece)
-            yield token, piece
 
     def close(self) -> None:
         """Let the runtime free its memory."""
@@ -131,6 +122,66 @@ class Model:
         schedule.max_num_batched_tokens = batch_tokens
         schedule.enable_prefix_caching = True
         return schedule
+
+
+class SeeingModel:
+    """A loaded OpenVINO folder that reads pictures, run by OpenVINO itself.
+
+    openvino-genai's pipeline for such takes files' pixels, not ids and crops as the source has
+    them. Sampling is ours.
+    """
+
+    reused_tokens = 0
+
+    def __init__(self, openvino: Any, genai: Any, folder: Path, settings: Settings) -> None:
+        self.version, self.provider = str(genai.get_version()), "cpu"
+        check_offered(f"{PACKAGE} with pictures", settings, offer("cpu", switch=0))
+        try:
+            self._switch = read_switch(folder / "config.json")
+            properties = choose_properties("cpu", settings, None)
+            self._sight = Sight(openvino, folder, PROVIDERS["cpu"], properties)
+            stored = genai.GenerationConfig(str(folder / "generation_config.json"))
+            self._tokenizer = genai.Tokenizer(str(folder))
+        except (RuntimeError, OSError, KeyError, ValueError) as error:
+            raise Failure("model", f"{folder}: OpenVINO cannot load it: {error}") from None
+        self._stop_ids = stored.stop_token_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Return token ids; the tokenizer parses special tokens and adds none."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return [int(token) for token in encoded.input_ids.data[0]]
+
+    def generate(
+        self, prompt_ids: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY,
+        pixels: Pixels | None = None,
+    ) -> Generator[tuple[int, str], None, None]:  # fmt: skip
+        """Yield up to `new_tokens` (token id, text) pairs; ids below 0 stand for `pixels`."""
+        choose = make_chooser(sampling) if sampling.temperature > 0 else _take_likeliest
+        with closing(self._sight.write(prompt_ids, pixels, self._switch, choose)) as tokens:
+            for number, pair in enumerate(spell(self._tokenizer, tokens), start=1):
+                yield pair
+                if number == new_tokens or pair[0] in self._stop_ids:
+                    return
+
+    def close(self) -> None:
+        """Let the runtime free its memory."""
+        del self._tokenizer, self._sight
+
+
+def _take_likeliest(logits: Any) -> int:
+    return int(logits.argmax())
+
+
+def spell(tokenizer: Any, tokens: Iterator[int]) -> Iterator[tuple[int, str]]:
+    """Pair each token with the text it adds; a character comes with its last token."""
+    answer: list[int] = []
+    printed = 0
+    for token in tokens:
+        answer.append(token)
+        text = tokenizer.decode(answer)
+        piece = "" if text.endswith(INCOMPLETE) else text[printed:]
+        printed += len(piece)
+        yield token, piece
 
 
 def offer(
@@ -198,7 +249,7 @@ def _make_streamer(genai: Any, put: Put[int]) -> Any:
 
 def load(
     folder: Path, main_file: str, provider: str, settings: Settings, **properties: str
-) -> Model:
+) -> Model | SeeingModel:
     """Load the folder of `main_file`; Failure when the provider's device is not there.
 
     `properties` go to the pipeline before all that the settings ask for.
@@ -209,6 +260,8 @@ def load(
 
     _check_provider(openvino.Core().available_devices, provider)
     folder = (folder / main_file).parent
+    if main_file == f"{LANGUAGE}.xml":
+        return SeeingModel(openvino, genai, folder, settings)
     return Model(genai, folder, provider, settings, properties)
 
 
