@@ -8,7 +8,7 @@ from tests.cli.commands import events, run
 from tests.vision_checkpoints import draw, write_vision_checkpoint
 
 RECIPE = """\
-format: onnx
+format: {kind}
 title: sees
 model: phi-3-vision
 quantization:
@@ -20,12 +20,12 @@ check:
 """
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["onnx", "openvino"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     source = write_vision_checkpoint(folder / "source", crops=1)
     recipe = folder / "sees.yaml"
-    recipe.write_text(RECIPE, encoding="utf-8")
+    recipe.write_text(RECIPE.format(kind=request.param), encoding="utf-8")
     done = run("build", str(recipe), "--checkpoint", str(source), "--out", str(folder))
     assert done.returncode == 0, done.stderr
     assert "picture: mean KL" in done.stdout
@@ -75,7 +75,8 @@ def test_a_device_is_not_sent_pictures(built: Path) -> None:
 
 def test_a_kind_of_tower_that_is_refused(built: Path) -> None:
     recipe = built / "small.yaml"
-    recipe.write_text(RECIPE.replace("int4\n", "int4\n  vision: int4\n"), encoding="utf-8")
+    refused = RECIPE.format(kind="onnx").replace("int4\n", "int4\n  vision: int4\n")
+    recipe.write_text(refused, encoding="utf-8")
     done = run("plan", str(recipe), "--checkpoint", str(built / "source"))
     assert done.returncode == 6
     assert "quantization.vision: int4 moves a picture's features" in done.stderr

@@ -1,11 +1,11 @@
 """The tower and the projector as OpenVINO operations, and where their tensors lie."""
 
+from toolkit.decoder import QUICK_GELU
 from toolkit.formats.openvino.layout import Layout
 from toolkit.formats.openvino.network import Network, Value
 from toolkit.formats.openvino.recipe import Kind
 from toolkit.vision import VisionEncoder
 
-QUICK_GELU = 1.702
 TO_END = (1 << 63) - 1
 
 
