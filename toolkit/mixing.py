@@ -183,7 +183,7 @@ class Mixture:
 
     def _measure_each(self) -> dict[str, float]:
         """What each matrix costs alone in its smallest type; a tied one in both its uses."""
-        plan, decoder, (sequences, _) = self.smallest, self._source, self._texts
+        plan, decoder, (sequences, _) = self.smallest, self.smallest.source_decoder, self._texts
         sequences = sequences[: max(1, CHOICE_TOKENS // len(sequences[0]))]
         tokens = sum(map(len, sequences))
         total_bytes = sensitivity.bytes_to_read(self.checkpoint, decoder, tokens)
@@ -217,7 +217,9 @@ class Mixture:
         """Mean KL by weights alone on the text for choosing and on the gate's, in one pass."""
         own, gate = self._texts
         sequences = [*own, *gate]
-        source = comparing.read_source(self.checkpoint, self._source, sequences, self.console)
+        source = comparing.read_source(
+            self.checkpoint, self.smallest.source_decoder, sequences, self.console
+        )
         with self.console.waiting("reading the text with rounded weights"):
             try:
                 found = weightonly.compare(
@@ -234,11 +236,6 @@ class Mixture:
         own = self.recipe.quantization
         quantization = msgspec.structs.replace(own, method="rtn", equalize=False)
         return msgspec.structs.replace(self.recipe, quantization=quantization)
-
-    @property
-    def _source(self) -> Decoder:
-        """The source as the runtime can be: with LongRoPE's long factors where it has no others."""
-        return self.smallest.source_decoder
 
     def _plan_with(self, choice: Any) -> Plan:
         """The plan with one choice wherever it can be made, the smallest elsewhere."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from toolkit.checkpoint.config import Config
-from toolkit.decoder import Decoder
+from toolkit.checkpoint.config import Config, normalize_rope
+from toolkit.decoder import Decoder, TensorNames
 from toolkit.errors import UnsupportedError
 
 
@@ -46,4 +46,33 @@ def find_family(config: Config) -> Family:
     raise UnsupportedError(
         f"{config.where}: architectures: got {config.architecture or 'nothing'!r} "
         f"(model_type {config.model_type!r}); supported: {supported}"
+    )
+
+
+def read_usual(config: Config, family: str, names: TensorNames) -> Decoder:
+    """A decoder by the keys that transformers' Phi3Config and its relatives share, no more."""
+    heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
+    kv_heads = config.integer("num_key_value_heads", heads)
+    head_dim = config.integer("head_dim", hidden // heads)
+    context = config.integer("max_position_embeddings")
+    window = config.fields.get("sliding_window") and config.integer("sliding_window")
+    if heads % kv_heads:
+        raise config.error("num_key_value_heads", kv_heads, f"a divisor of {heads}")
+    if config.fields.get("hidden_act", "silu") != "silu":
+        raise config.error("hidden_act", config.fields["hidden_act"], "'silu'")
+    return Decoder(
+        family=family,
+        layers=config.integer("num_hidden_layers"),
+        hidden=hidden,
+        intermediate=config.integer("intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=config.integer("vocab_size"),
+        context=context,
+        norm_epsilon=config.number("rms_norm_eps", 1e-5),
+        rope=normalize_rope(config, head_dim),
+        window=window if window and window < context else None,
+        is_tied=config.flag("tie_word_embeddings"),
+        names=names,
     )

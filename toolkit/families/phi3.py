@@ -1,8 +1,8 @@
 """Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini: Phi3ForCausalLM in transformers."""
 
-from toolkit.checkpoint.config import Config, normalize_rope
+from toolkit.checkpoint.config import Config
 from toolkit.decoder import Decoder, TensorNames
-from toolkit.families import Evidence
+from toolkit.families import Evidence, read_usual
 
 ARCHITECTURE = "Phi3ForCausalLM"
 MODELS = "Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini"
@@ -40,29 +40,4 @@ NAMES = TensorNames(
 
 def read(config: Config) -> Decoder:
     """Describe the decoder of a Phi3Config; CheckpointError when its numbers cannot be."""
-    heads = config.integer("num_attention_heads")
-    kv_heads = config.integer("num_key_value_heads", heads)
-    hidden = config.integer("hidden_size")
-    head_dim = config.integer("head_dim", hidden // heads)
-    context = config.integer("max_position_embeddings")
-    window = config.fields.get("sliding_window") and config.integer("sliding_window")
-    if heads % kv_heads:
-        raise config.error("num_key_value_heads", kv_heads, f"a divisor of {heads}")
-    if config.fields.get("hidden_act", "silu") != "silu":
-        raise config.error("hidden_act", config.fields["hidden_act"], "'silu'")
-    return Decoder(
-        family="phi3",
-        layers=config.integer("num_hidden_layers"),
-        hidden=hidden,
-        intermediate=config.integer("intermediate_size"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab=config.integer("vocab_size"),
-        context=context,
-        norm_epsilon=config.number("rms_norm_eps", 1e-5),
-        rope=normalize_rope(config, head_dim),
-        window=window if window and window < context else None,
-        is_tied=config.flag("tie_word_embeddings"),
-        names=NAMES,
-    )
+    return read_usual(config, "phi3", NAMES)

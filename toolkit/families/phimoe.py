@@ -1,8 +1,10 @@
 """Phi-3.5-MoE: PhiMoEForCausalLM in transformers (models/phimoe)."""
 
-from toolkit.checkpoint.config import Config, normalize_rope
+from dataclasses import replace
+
+from toolkit.checkpoint.config import Config
 from toolkit.decoder import Decoder, Experts, Kind, Rows, TensorNames
-from toolkit.families import Evidence
+from toolkit.families import Evidence, read_usual
 
 ARCHITECTURE = "PhiMoEForCausalLM"
 MODELS = "Phi-3.5-MoE"
@@ -36,40 +38,19 @@ PER_TOKEN = 2  # sparsemixer is written for two
 
 def read(config: Config) -> Decoder:
     """Describe the decoder of a PhimoeConfig; CheckpointError when its numbers cannot be."""
-    heads = config.integer("num_attention_heads")
-    kv_heads = config.integer("num_key_value_heads", heads)
-    hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
-    head_dim = config.integer("head_dim", hidden // heads)
-    context = config.integer("max_position_embeddings")
-    window = config.fields.get("sliding_window") and config.integer("sliding_window")
-    if heads % kv_heads:
-        raise config.error("num_key_value_heads", kv_heads, f"a divisor of {heads}")
-    if config.fields.get("hidden_act", "silu") != "silu":
-        raise config.error("hidden_act", config.fields["hidden_act"], "'silu'")
-    return Decoder(
-        family="phimoe",
-        layers=config.integer("num_hidden_layers"),
-        hidden=hidden,
-        intermediate=inner,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab=config.integer("vocab_size"),
-        context=context,
-        norm_epsilon=config.number("rms_norm_eps", 1e-5),
-        rope=normalize_rope(config, head_dim),
-        window=window if window and window < context else None,
-        is_tied=config.flag("tie_word_embeddings"),
-        names=NAMES,
+    usual = read_usual(config, "phimoe", NAMES)
+    keys = usual.kv_heads * usual.head_dim
+    return replace(
+        usual,
         norm="layer",
         biased=_list_biased(config),
         qkv_parts=(
-            Rows(f"{ATTENTION}q_proj.weight", 0, heads * head_dim),
-            Rows(f"{ATTENTION}k_proj.weight", 0, kv_heads * head_dim),
-            Rows(f"{ATTENTION}v_proj.weight", 0, kv_heads * head_dim),
+            Rows(f"{ATTENTION}q_proj.weight", 0, usual.heads * usual.head_dim),
+            Rows(f"{ATTENTION}k_proj.weight", 0, keys),
+            Rows(f"{ATTENTION}v_proj.weight", 0, keys),
         ),
-        gate_parts=(Rows(f"{EXPERT}w1.weight", 0, inner),),
-        up_parts=(Rows(f"{EXPERT}w3.weight", 0, inner),),
+        gate_parts=(Rows(f"{EXPERT}w1.weight", 0, usual.intermediate),),
+        up_parts=(Rows(f"{EXPERT}w3.weight", 0, usual.intermediate),),
         experts=_read_experts(config),
     )
 

@@ -193,11 +193,16 @@ def norm(weights: Weights, decoder: Decoder, name: str, hidden: Array) -> Array:
     if decoder.norm == "rms":
         normed = normalize(weight, hidden, epsilon)
     else:
-        centred = hidden - hidden.mean(axis=-1, keepdims=True)
-        normed = normalize(weight, centred, epsilon)
-        normed += weights.read(decoder.bias_of(name))
+        normed = normalize_layer(weight, weights.read(decoder.bias_of(name)), hidden, epsilon)
     if name == decoder.names.final_norm:
         normed *= np.float32(decoder.logit_scale)
+    return normed
+
+
+def normalize_layer(weight: Array, bias: Array, hidden: Array, epsilon: float) -> Array:
+    """LayerNorm over the last axis."""
+    normed = normalize(weight, hidden - hidden.mean(axis=-1, keepdims=True), epsilon)
+    normed += bias
     return normed
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.decoder import QUICK_GELU
-from toolkit.quality.reference import Array, Weights, silu, softmax
+from toolkit.quality.reference import Array, Weights, normalize_layer, silu, softmax
 from toolkit.vision import VisionEncoder
 
 
@@ -106,13 +106,8 @@ def _project(weights: Weights, module: str, inputs: Array) -> Array:
 
 
 def _normalize(weights: Weights, vision: VisionEncoder, module: str, states: Array) -> Array:
-    """LayerNorm over the last axis."""
-    centred: Array = states - states.mean(axis=-1, keepdims=True)
-    variance = np.mean(np.square(centred), axis=-1, keepdims=True)
-    centred /= np.sqrt(variance + np.float32(vision.norm_epsilon))
-    centred *= weights.read(f"{module}.weight")
-    centred += weights.read(f"{module}.bias")
-    return centred
+    weight, bias = weights.read(f"{module}.weight"), weights.read(f"{module}.bias")
+    return normalize_layer(weight, bias, states, vision.norm_epsilon)
 
 
 def _gelu(values: Array) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.formats.onnx.graph import MICROSOFT, Graph
+from toolkit.formats.onnx.nodes import MICROSOFT, Graph
 
 
 @dataclass(frozen=True)

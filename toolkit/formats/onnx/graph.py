@@ -4,123 +4,25 @@ Source: the operators' contracts in onnxruntime/docs/ContribOperators.md, and th
 onnxruntime_genai.models.builder writes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from toolkit.decoder import QUICK_GELU, Decoder, Experts
-from toolkit.errors import require
+from toolkit.decoder import QUICK_GELU, Experts
 from toolkit.formats.onnx import routing, sparse
-from toolkit.formats.onnx.layout import DATA_FILE, EMBEDDING, Layout, Stored, rope_rows
+from toolkit.formats.onnx.layout import EMBEDDING, Layout, rope_rows
+from toolkit.formats.onnx.nodes import MICROSOFT, Graph, make_proto
 
-MICROSOFT = "com.microsoft"
-IR_VERSION = 10
-OPSET = 21
 EMBEDDED = "inputs_embeds"  # instead of ids, where another graph puts pictures among the tokens
 
 
 def make_model(layout: Layout, producer: str) -> Any:
     """Build the ModelProto: offsets into the data file, no weights."""
-    graph = _Graph.start(layout)
+    graph = Graph.start(layout)
     _add_decoder(graph)
     return make_proto(graph, graph.decoder.family, _inputs(graph), _outputs(graph), producer)
 
 
-def make_proto(
-    graph: "_Graph", name: str, inputs: list[Any], outputs: list[Any], producer: str
-) -> Any:
-    """The ModelProto of a graph, with those initializers that its nodes take."""
-    onnx, layout = graph.onnx, graph.layout
-    taken = {name for node in graph.nodes for name in node.input}
-    stored = [one for one in layout.stored.values() if one.name in taken]
-    initializers = [_initializer(onnx, one) for one in stored]
-    proto = onnx.helper.make_graph(graph.nodes, name, inputs, outputs, initializers)
-    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(MICROSOFT, 1)]
-    return onnx.helper.make_model(
-        proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name=producer
-    )
-
-
-@dataclass
-class _Graph:
-    """Nodes in order; each helper adds one and returns the name of its first output."""
-
-    onnx: Any
-    layout: Layout
-    nodes: list[Any] = field(default_factory=list)
-    constants: dict[tuple[int, ...], str] = field(default_factory=dict)
-    numbers: dict[tuple[float, str], str] = field(default_factory=dict)
-
-    @classmethod
-    def start(cls, layout: Layout) -> "_Graph":
-        """An empty graph over a layout's tensors."""
-        return cls(require("onnx"), layout)
-
-    @property
-    def decoder(self) -> Decoder:
-        return self.layout.decoder
-
-    def elem(self, dtype: str) -> int:
-        """ONNX's number of an element type."""
-        return int(getattr(self.onnx.TensorProto, ONNX_NAMES[dtype]))
-
-    def add(
-        self, op: str, inputs: list[str], name: str, domain: str = "", **attributes: Any
-    ) -> str:
-        """Add a node with one output, named after the node."""
-        return self.add_many(op, inputs, name, [f"{name}/output"], domain, **attributes)
-
-    def add_many(
-        self, op: str, inputs: list[str], name: str, outputs: list[str], domain: str = "",
-        **attributes: Any,
-    ) -> str:  # fmt: skip
-        """Add a node with several outputs; an empty name leaves one out."""
-        make = self.onnx.helper.make_node
-        self.nodes.append(make(op, inputs, outputs, name=name, domain=domain, **attributes))
-        return outputs[0]
-
-    def integers(self, *values: int, scalar: bool = False) -> str:
-        """An int64 constant."""
-        key = (scalar, *values)
-        if key not in self.constants:
-            name = f"/constants/{'scalar' if scalar else 'list'}/{'_'.join(map(str, values))}"
-            shape = [] if scalar else [len(values)]
-            tensor = self.onnx.helper.make_tensor("", self.elem("int64"), shape, values)
-            self.nodes.append(self.onnx.helper.make_node("Constant", [], [name], value=tensor))
-            self.constants[key] = name
-        return self.constants[key]
-
-    def number(self, value: float, dtype: str = "float32") -> str:
-        """A float scalar."""
-        key = (value, dtype)
-        if key not in self.numbers:
-            name = f"/constants/number/{'' if dtype == 'float32' else f'{dtype}/'}{value}"
-            tensor = self.onnx.helper.make_tensor("", self.elem(dtype), [], [value])
-            self.nodes.append(self.onnx.helper.make_node("Constant", [], [name], value=tensor))
-            self.numbers[key] = name
-        return self.numbers[key]
-
-    def active(self, value: float) -> str:
-        """A scalar of the activations' type."""
-        return self.number(value, self.layout.recipe.io_dtype)
-
-    def info(self, name: str, dtype: str, shape: Sequence[int | str]) -> Any:
-        """An input or output of the graph."""
-        return self.onnx.helper.make_tensor_value_info(name, self.elem(dtype), shape)
-
-
-Graph = _Graph  # what the other graphs of an artifact are built with
-ONNX_NAMES = {
-    "float32": "FLOAT",
-    "float16": "FLOAT16",
-    "bfloat16": "BFLOAT16",
-    "uint8": "UINT8",
-    "int32": "INT32",
-    "int64": "INT64",
-}
-
-
-def _add_decoder(graph: _Graph) -> None:
+def _add_decoder(graph: Graph) -> None:
     decoder = graph.decoder
     lengths = _add_lengths(graph)
     cos, sin = _add_rope(graph, lengths.total_int64)
@@ -154,7 +56,7 @@ class _Lengths:
     counts: str
 
 
-def _add_lengths(graph: _Graph) -> _Lengths:
+def _add_lengths(graph: Graph) -> _Lengths:
     one = graph.integers(1)
     count = graph.add("ReduceSum", ["attention_mask", one], "/mask/count", keepdims=0)
     last = graph.add("Sub", [count, one], "/mask/last")
@@ -172,7 +74,7 @@ def _add_lengths(graph: _Graph) -> _Lengths:
     )
 
 
-def _add_rope(graph: _Graph, total: str) -> tuple[str, str]:
+def _add_rope(graph: Graph, total: str) -> tuple[str, str]:
     """Names of cos and sin; with LongRoPE the long rows once the sequence outgrows the short."""
     rope = graph.decoder.rope
     short, long = rope_rows(rope, graph.layout.context_length)
@@ -192,7 +94,7 @@ def _add_rope(graph: _Graph, total: str) -> tuple[str, str]:
     return cos, sin
 
 
-def add_embedding(graph: _Graph, ids: str) -> str:
+def add_embedding(graph: Graph, ids: str) -> str:
     """Rows of the embedding, in the type of the activations."""
     recipe, stored, node = graph.layout.recipe, graph.layout.stored, "/embed/gather"
     if bits := graph.layout.schemes.embedding:
@@ -208,13 +110,13 @@ def add_embedding(graph: _Graph, ids: str) -> str:
     return graph.add("Cast", [rows], "/embed/cast", to=graph.elem(recipe.io_dtype))
 
 
-def _scale_embedding(graph: _Graph, rows: str) -> str:
+def _scale_embedding(graph: Graph, rows: str) -> str:
     if graph.decoder.embedding_scale == 1:
         return rows
     return graph.add("Mul", [rows, graph.active(graph.decoder.embedding_scale)], "/embed/scaled")
 
 
-def _add_norm(graph: _Graph, name: str, residual: str, branch: str) -> tuple[str, str]:
+def _add_norm(graph: Graph, name: str, residual: str, branch: str) -> tuple[str, str]:
     """The norm of residual + branch; returns it and the new residual."""
     weights, node = [f"{name}.weight"], f"/{name.replace('.', '/')}"
     kind, epsilon = "SimplifiedLayerNormalization", graph.decoder.norm_epsilon
@@ -232,7 +134,7 @@ def _add_norm(graph: _Graph, name: str, residual: str, branch: str) -> tuple[str
     return normed, outputs[-1]
 
 
-def _add_linear(graph: _Graph, name: str, value: str, output: str = "") -> str:
+def _add_linear(graph: Graph, name: str, value: str, output: str = "") -> str:
     """The product with a matrix, in the bits in which the layout stores it, and its bias."""
     recipe, stored = graph.layout.recipe, graph.layout.stored
     node = f"/{name.replace('.', '/')}"
@@ -259,7 +161,7 @@ def _add_linear(graph: _Graph, name: str, value: str, output: str = "") -> str:
 
 
 def _add_attention(
-    graph: _Graph, layer: int, value: str, lengths: _Lengths, cos: str, sin: str
+    graph: Graph, layer: int, value: str, lengths: _Lengths, cos: str, sin: str
 ) -> str:
     decoder, prefix = graph.decoder, f"model.layers.{layer}.attn"
     qkv = _add_linear(graph, f"{prefix}.qkv_proj", value)
@@ -286,7 +188,7 @@ def _add_attention(
     return _add_linear(graph, f"{prefix}.o_proj", attended)
 
 
-def _add_mlp(graph: _Graph, prefix: str, value: str) -> str:
+def _add_mlp(graph: Graph, prefix: str, value: str) -> str:
     node = f"/{prefix.replace('.', '/')}"
     gate = _add_linear(graph, f"{prefix}.gate_proj", value)
     up = _add_linear(graph, f"{prefix}.up_proj", value)
@@ -294,7 +196,7 @@ def _add_mlp(graph: _Graph, prefix: str, value: str) -> str:
     return _add_linear(graph, f"{prefix}.down_proj", gated)
 
 
-def _add_experts(graph: _Graph, prefix: str, value: str, experts: Experts) -> str:
+def _add_experts(graph: Graph, prefix: str, value: str, experts: Experts) -> str:
     """The routing is computed in float32, whatever the activations are."""
     recipe, node = graph.layout.recipe, f"/{prefix.replace('.', '/')}"
     wide = value
@@ -311,7 +213,7 @@ def _add_experts(graph: _Graph, prefix: str, value: str, experts: Experts) -> st
     )  # fmt: skip
 
 
-def _add_gate(graph: _Graph, node: str, gate: str, up: str) -> str:
+def _add_gate(graph: Graph, node: str, gate: str, up: str) -> str:
     """SiLU of the gate by up, or gegelu."""
     limit = graph.decoder.gegelu_limit
     if limit is None:
@@ -326,7 +228,7 @@ def _add_gate(graph: _Graph, node: str, gate: str, up: str) -> str:
     return graph.add("Mul", [gelu, shifted], f"{node}/gated")
 
 
-def _inputs(graph: _Graph) -> list[Any]:
+def _inputs(graph: Graph) -> list[Any]:
     info, int64 = graph.onnx.helper.make_tensor_value_info, graph.elem("int64")
     tokens = ["batch_size", "sequence_length"]
     return [
@@ -338,7 +240,7 @@ def _inputs(graph: _Graph) -> list[Any]:
     ]
 
 
-def _outputs(graph: _Graph) -> list[Any]:
+def _outputs(graph: Graph) -> list[Any]:
     info = graph.onnx.helper.make_tensor_value_info
     elem = graph.elem(graph.layout.recipe.io_dtype)
     shape = ["batch_size", "sequence_length", graph.decoder.vocab]
@@ -348,7 +250,7 @@ def _outputs(graph: _Graph) -> list[Any]:
     ]
 
 
-def _cache(graph: _Graph, prefix: str, length: str) -> list[Any]:
+def _cache(graph: Graph, prefix: str, length: str) -> list[Any]:
     decoder = graph.decoder
     elem = graph.elem(graph.layout.recipe.io_dtype)
     shape = ["batch_size", decoder.kv_heads, length, decoder.head_dim]
@@ -357,19 +259,3 @@ def _cache(graph: _Graph, prefix: str, length: str) -> list[Any]:
         for layer in range(decoder.layers)
         for part in ("key", "value")
     ]
-
-
-def _initializer(onnx: Any, stored: Stored) -> Any:
-    tensor = onnx.TensorProto(
-        name=stored.name,
-        data_type=getattr(onnx.TensorProto, ONNX_NAMES[stored.dtype]),
-        dims=stored.shape,
-        data_location=onnx.TensorProto.EXTERNAL,
-    )
-    for key, value in (
-        ("location", DATA_FILE),
-        ("offset", stored.offset),
-        ("length", stored.nbytes),
-    ):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor

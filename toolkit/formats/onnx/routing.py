@@ -4,32 +4,8 @@ QMoE's own `use_sparse_mixer` is ignored by its CPU kernel. Source: QMoE's contr
 onnxruntime/docs/ContribOperators.md; the routing as in toolkit/quality/routing.py.
 """
 
-from typing import Protocol
-
 from toolkit.decoder import Experts
-
-MICROSOFT = "com.microsoft"
-
-
-class Graph(Protocol):
-    """What of graph.py is used here."""
-
-    def add(
-        self, op: str, inputs: list[str], name: str, domain: str = "", **attributes: object
-    ) -> str:
-        """Add a node with one output; returns that."""
-
-    def add_many(
-        self, op: str, inputs: list[str], name: str, outputs: list[str], domain: str = "",
-        **attributes: object,
-    ) -> str:  # fmt: skip
-        """Add a node with several outputs; returns the first."""
-
-    def integers(self, *values: int, scalar: bool = False) -> str:
-        """An int64 constant."""
-
-    def number(self, value: float) -> str:
-        """A float32 scalar."""
+from toolkit.formats.onnx.nodes import MICROSOFT, Graph
 
 
 def add_routing(graph: Graph, node: str, normed: str, router: str, experts: Experts) -> str:

@@ -8,8 +8,8 @@ from math import prod
 from toolkit.decoder import QUICK_GELU
 from toolkit.formats.onnx.algebra import Value
 from toolkit.formats.onnx.encoders import Blocks, Plain, Transposed
-from toolkit.formats.onnx.graph import Graph
 from toolkit.formats.onnx.layout import FLOATS, Layout
+from toolkit.formats.onnx.nodes import Graph
 from toolkit.stream import Piece
 from toolkit.vision import VisionEncoder
 

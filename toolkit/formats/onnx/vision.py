@@ -13,8 +13,9 @@ import numpy as np
 from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
 from toolkit.formats.onnx.algebra import Value, constant, count_to
-from toolkit.formats.onnx.graph import Graph, add_embedding, make_proto
+from toolkit.formats.onnx.graph import add_embedding
 from toolkit.formats.onnx.layout import Layout
+from toolkit.formats.onnx.nodes import Graph, make_proto
 from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.formats.onnx.tower import BLOCK_SIZE, FLOAT, add_projector, add_tower
 from toolkit.runner.engines.onnxruntime_genai import SWITCHES
