@@ -116,14 +116,15 @@ def test_all_formats_in_one_pass_are_nearer_to_the_source(example: Path, tmp_pat
     text = read("calibration", tokens=2048)
     source.calibrate(chosen, tmp_path / "state", text, seen.append)
     assert sum(seen) == bytes_to_do(source.checkpoint, source.decoder, chosen)
-    (ids,) = read("evaluation", tokens=256).sequences
-    expected = reference.forward(source.checkpoint, source.decoder, ids)
-    kls = {}
-    for key, artifact in artifacts.items():
-        found = logits(source.tensors(recipes[key], artifact), source.decoder, ids)
-        kls[key] = measures.compare_logits(expected, found, ids).mean_kl
+    kls = dict.fromkeys(recipes, 0.0)
+    for ids in read("evaluation", tokens=1024).sequences:
+        expected = reference.forward(source.checkpoint, source.decoder, ids)
+        for key, artifact in artifacts.items():
+            found = logits(source.tensors(recipes[key], artifact), source.decoder, ids)
+            kls[key] += measures.compare_logits(expected, found, ids).mean_kl
     for kind in FORMATS:
-        # Measured 0.32 to 0.37; GGUF's embedding has 4 bits too, which no text chooses: 0.54.
+        # Measured 0.30 to 0.42 with the manuals of Python 3.11.2 and 3.11.7; GGUF's embedding has 4
+        # bits too, which no text chooses: 0.45 to 0.52.
         limit = 0.65 if kind == "gguf" else 0.45
         assert kls[kind, "gptq"] < limit * kls[kind, "rtn"], kls
 

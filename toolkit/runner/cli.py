@@ -1,5 +1,8 @@
 """Answer, chat, serve and measure one artifact; the device side of a push."""
 
+# A command imports what it needs itself: every module costs milliseconds, and on a small board
+# tens of them, for it is compiled anew from the zipapp each time.
+
 from __future__ import annotations
 
 import argparse
@@ -8,17 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from .agent.child import SERVICE_LOG, build_command, trim_log
-from .agent.layout import open_layout
-from .agent.releases import start_trial
-from .agent.serve import serve as serve_agent
-from .bench_command import add_bench, run_bench
-from .chatting import chat
-from .describing import describe
 from .failure import Failure
-from .generate import generate
 from .settings import Sampling
-from .tuning import store_settings
 
 SETTINGS = {
     "threads": "threads of the engine, instead of its own choice",
@@ -51,6 +45,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for name, (run, add_options, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(run=run)
+        if name not in arguments:  # nobody sees its options
+            continue
         if name != "agent":
             command.add_argument(
                 "--artifact", type=Path, required=True, help="folder with a manifest.json"
@@ -99,6 +95,8 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
+    from .bench_command import add_bench
+
     add_bench(command)
     _add_settings(command)
 
@@ -142,7 +140,13 @@ def _sampling(options: argparse.Namespace) -> Sampling:
 def _run_agent(options: argparse.Namespace) -> int:
     """`serve` answers a push; `start` is what a service does: recover, then serve the release."""
     if options.agent == "serve":
-        return serve_agent(options.root)
+        from .agent.serve import serve
+
+        return serve(options.root)
+    from .agent.child import SERVICE_LOG, build_command, trim_log
+    from .agent.layout import open_layout
+    from .agent.releases import start_trial
+
     layout = open_layout(options.root)
     trim_log(layout, SERVICE_LOG)
     print(json.dumps(start_trial(layout)), flush=True)
@@ -153,6 +157,8 @@ def _run_agent(options: argparse.Namespace) -> int:
 
 
 def _run_generate(options: argparse.Namespace) -> int:
+    from .generate import generate
+
     prompt = options.prompt
     if prompt is None:
         prompt = sys.stdin.buffer.read().decode("utf-8")
@@ -176,6 +182,8 @@ def _run_generate(options: argparse.Namespace) -> int:
 
 
 def _run_chat(options: argparse.Namespace) -> int:
+    from .chatting import chat
+
     given = _given(options)
     return chat(options.artifact, _sampling(options), options.max_tokens, options.system, **given)
 
@@ -187,10 +195,14 @@ def _run_serve(options: argparse.Namespace) -> int:
 
 
 def _run_bench(options: argparse.Namespace) -> int:
+    from .bench_command import run_bench
+
     return run_bench(options, _given(options))
 
 
 def _run_info(options: argparse.Namespace) -> int:
+    from .describing import describe
+
     found = describe(options.artifact)
     if options.json:
         print(json.dumps(found))
@@ -202,6 +214,8 @@ def _run_info(options: argparse.Namespace) -> int:
 
 def _run_settings(options: argparse.Namespace) -> int:
     """Keep what standard input says: {"settings": {...}, "measured": {...}}."""
+    from .tuning import store_settings
+
     print(json.dumps(store_settings(options.artifact, sys.stdin.read())))
     return 0
 
