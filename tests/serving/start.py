@@ -18,7 +18,8 @@ from typing import Any
 from toolkit.runner.failure import Failure
 from toolkit.runner.loading import loading
 from toolkit.runner.manifest import read_manifest
-from toolkit.runner.serving import Limits, ServeOptions, open_listener, serve
+from toolkit.runner.serving.options import Limits, ServeOptions, open_listener
+from toolkit.runner.serving.server import serve
 from toolkit.runner.settings import Settings
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.serving.running import ROOT, TIMEOUT_S, running
 from toolkit.runner.failure import Failure
-from toolkit.runner.serving import read_token
+from toolkit.runner.serving.options import read_token
 
 RUNNER = [sys.executable, "-m", "toolkit.runner", "serve"]
 

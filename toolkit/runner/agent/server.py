@@ -8,8 +8,6 @@ import os
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -161,9 +159,11 @@ def stop_server(agent: Agent) -> None:
 
 def is_answered(url: str) -> bool:
     """Whether a GET on this machine gets status 200."""
+    import urllib.request  # which brings http and mail with it, and only services want
+
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=5) as response:
             return bool(response.status == 200)
-    except (OSError, urllib.error.URLError):
+    except OSError:  # URLError is one
         return False

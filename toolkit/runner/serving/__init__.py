@@ -3,8 +3,3 @@
 wire -> requests -> routes -> jobs: bytes become a request, which may be made and is understood,
 and waits for its turn; one event loop speaks with all clients, one thread works the engine.
 """
-
-from .options import Limits, ServeOptions, open_listener, read_token
-from .server import serve
-
-__all__ = ["Limits", "ServeOptions", "open_listener", "read_token", "serve"]
