@@ -63,6 +63,10 @@ class Recipe(
         """The same recipe, made by another engine."""
         return msgspec.structs.replace(self, engine=engine)
 
+    def with_adapter_apart(self) -> "Recipe":
+        """The same recipe, with its adapter in a file of its own."""
+        return msgspec.structs.replace(self, adapter_apart=True)
+
     def with_codes(self, method: Method | None, equalize: bool | None) -> "Recipe":
         """The same recipe with codes chosen another way, which its name then says; None keeps."""
         old = self.quantization

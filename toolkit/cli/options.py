@@ -49,6 +49,10 @@ adapter_option = click.option(
     "--adapter", type=click.Path(path_type=Path, file_okay=False),
     help="Folder of a LoRA adapter (PEFT) to merge into the checkpoint.",
 )  # fmt: skip
+apart_option = click.option(
+    "--adapter-apart", is_flag=True,
+    help="ONNX: keep the adapter a file of its own, beside weights that are as without it.",
+)  # fmt: skip
 out_option = click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build"),
     show_default=True, help="Folder in which the artifact's folder appears.",

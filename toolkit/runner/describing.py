@@ -23,6 +23,7 @@ def describe(artifact: Path) -> dict[str, Any]:
         "name": manifest.name,
         "engine": f"{engine.PACKAGE} {_find_version(engine.PACKAGE)}",
         "provider": manifest.provider,
+        "adapter": manifest.properties.get("adapter"),
         "valid_context": list(manifest.valid_context),
         "settings": dataclasses.asdict(read_settings(artifact, manifest.context_length)),
         "offered": engine.OFFERED,

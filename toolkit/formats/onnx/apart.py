@@ -8,6 +8,7 @@ Source: onnxruntime's AdapterFormat and LoraAdapter (onnxruntime/lora); the adap
 specification in onnxruntime-genai's docs.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,14 +108,20 @@ def _narrow(path: Path, name: str, weights: NDArray[np.float32], dtype: str) -> 
     return narrowed
 
 
-def read_update(folder: Path, matrix: str) -> NDArray[np.float32] | None:
-    """What an artifact's adapter adds to a matrix [out, in]; None where it adds nothing."""
+def read(folder: Path) -> Mapping[str, Any]:
+    """An artifact's A and B by name, as onnxruntime's values; none where it has no adapter."""
     if not (folder / FILE).is_file():
+        return {}
+    found: Mapping[str, Any] = (
+        require("onnxruntime").AdapterFormat.read_adapter(str(folder / FILE)).get_parameters()
+    )
+    return found
+
+
+def multiply(values: Mapping[str, Any], matrix: str) -> NDArray[np.float32] | None:
+    """What is added to a matrix [out, in]; None where nothing is."""
+    if name_part(matrix, "A") not in values:
         return None
-    values = require("onnxruntime").AdapterFormat.read_adapter(str(folder / FILE)).get_parameters()
-    names = [name_part(matrix, part) for part in "AB"]
-    if names[0] not in values:
-        return None
-    a, b = (values[name].numpy().astype(np.float32) for name in names)
+    a, b = (values[name_part(matrix, part)].numpy().astype(np.float32) for part in "AB")
     update: NDArray[np.float32] = (a @ b).T
     return update

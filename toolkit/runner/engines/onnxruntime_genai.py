@@ -197,18 +197,21 @@ def load(
 
 def load_adapter(genai: Any, model: Any, path: Path) -> Any:
     """Return a collection with the adapter of a file in it; ValueError when it is damaged."""
+    if not path.is_file():
+        raise ValueError(f"its adapter {path.name} is missing")
     adapters = genai.Adapters(model)
     try:
         adapters.load(str(path), ADAPTER)
     except RuntimeError as error:
-        raise ValueError(f"its adapter {path.name}: {error}") from None
+        reason = str(error).strip().rpartition(") ")[2]  # behind the place in its source
+        raise ValueError(f"its adapter {path.name} is damaged: {reason}") from None
     return adapters
 
 
 def make_generator(genai: Any, model: Any, params: Any, adapters: Any) -> Any:
     """Return a generator, with the adapter active where there is a collection with one."""
     generator = genai.Generator(model, params)
-    if adapters:
+    if adapters is not None:
         generator.set_active_adapter(adapters, ADAPTER)
     return generator
 
