@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 from tests.adapters import make_adapter, write_adapter, write_case
 from tests.checkpoints import write_random_checkpoint, write_safetensors
-from tests.golden.cases import case_ids
+from tests.golden.cases import LORA_GOLDEN as GOLDEN
+from tests.golden.cases import LORA_LENGTH as LENGTH
+from tests.golden.cases import LORA_VARIANT as VARIANT
+from tests.golden.cases import SEED, case_ids, select
 from tests.moe_checkpoints import write_moe_checkpoint
 from tests.quality.artifacts import FORMATS, make_recipe
 from tests.small_checkpoints import write_small_checkpoint
@@ -39,7 +42,6 @@ from toolkit.runner.settings import Settings
 
 # Two float32 forward passes that add in other orders (tests/quality/test_reference.py).
 TOLERANCE = 1e-4
-LENGTH = 24
 FLOAT = {"precision": "fp32", "embedding": "fp32"}
 EXACT_INT4 = {"precision": "int4", "accuracy_level": 1}  # activations stay float32
 ONNX = formats.get("onnx")
@@ -83,7 +85,7 @@ class Case:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.base = Checkpoint.open(write_random_checkpoint(folder / "source", "gqa"))
+        self.base = Checkpoint.open(write_random_checkpoint(folder / "source", VARIANT, seed=SEED))
         self.shapes = {name: info.shape for name, info in self.base.tensors.items()}
         adapter = write_case(folder / "patterns", "patterns", self.shapes)
         self.merged = lora.merge(self.base, adapter)
@@ -106,8 +108,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_with_the_adapter_it_is_the_merged_checkpoint(case: Case) -> None:
-    expected = reference.forward(case.merged, case.decoder, case.ids)
+    """Merged by PEFT, as transformers runs it; and by this project."""
     found = read_logits(case.apart["fp32"], case.ids, **ACTIVE)
+    assert np.abs(select(found) - np.load(GOLDEN)["patterns"]).max() < TOLERANCE
+    expected = reference.forward(case.merged, case.decoder, case.ids)
     assert np.abs(found - expected).max() < TOLERANCE
     assert np.abs(read_logits(case.plain["fp32"], case.ids) - expected).max() > 0.1
 
@@ -123,7 +127,7 @@ def test_int4_is_the_bases_codes_and_the_adapter(case: Case, tmp_path: Path) -> 
     weights = dict(ONNX.dequantize(case.plain["int4"], case.decoder))
     for name, a, b in case.merged.adapter.read_pairs():
         weights[name] = weights[name] + b @ a
-    write_random_checkpoint(tmp_path, "gqa")
+    write_random_checkpoint(tmp_path, VARIANT)
     write_safetensors(tmp_path / "model.safetensors", weights, "f32")
     expected = reference.forward(Checkpoint.open(tmp_path), case.decoder, case.ids)
     assert np.abs(read_logits(case.apart["int4"], case.ids, **ACTIVE) - expected).max() < TOLERANCE
