@@ -101,6 +101,8 @@ def _prepare(recipe: Recipe, building: Building) -> Job | None:
         with building.report.step(building.step_name("plan", recipe.name)) as step:
             job = _plan(recipe, building)
             step.measured = f"{format_bytes(job.plan.artifact_bytes)} to write"
+            if job.plan.adapter:
+                step.measured += f", of them {format_bytes(job.plan.adapter_bytes)} for the adapter"
         if not (job.final.exists() and _is_same(job, building.options)):
             return job
         with building.report.step(building.step_name("keep", recipe.name)) as step:

@@ -144,14 +144,25 @@ def make_plan(
         adapter=apart,
         adapter_bytes=_measure_adapter(recipe, decoder, apart),
     )
-    if memory_bytes is not None and plan.build_memory_bytes > memory_bytes:
-        raise PlanError(
-            f"--memory {format_bytes(memory_bytes)}: choosing codes on a text of "
-            f"{recipe.quantization.calibration_tokens} tokens takes "
-            f"{format_bytes(plan.build_memory_bytes)}",
-            advice="give more, or set quantization.calibration_tokens lower",
-        )
+    if memory_bytes is not None:
+        _check_memory(plan, memory_bytes)
     return plan
+
+
+def _check_memory(plan: Plan, memory_bytes: int) -> None:
+    """PlanError when a build takes more, of whose reasons fewer workers are none."""
+    if plan.build_memory_bytes <= memory_bytes:
+        return
+    quantization = plan.recipe.quantization
+    what, otherwise = "writing the adapter's file", "leave adapter_apart out"
+    if quantization.is_calibrated:
+        what = f"choosing codes on a text of {quantization.calibration_tokens} tokens"
+        otherwise = "set quantization.calibration_tokens lower"
+    raise PlanError(
+        f"--memory {format_bytes(memory_bytes)}: {what} takes "
+        f"{format_bytes(plan.build_memory_bytes)}",
+        advice=f"give more, or {otherwise}",
+    )
 
 
 def _calibration_bytes(decoder: Decoder, tokens: int) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,10 @@ def test_adapters_of_the_same_modules_share_the_graph(case: Case, tmp_path: Path
     merged = lora.merge(case.base, write_adapter(tmp_path / "other", arrays, **ranks))
     other = write(make(**FLOAT), merged, tmp_path)
     assert digest(other / "model.onnx") == digest(case.apart["fp32"] / "model.onnx")
-    # So the first one's folder takes the other's file.
-    mixed = Path(shutil.copytree(case.apart["fp32"], tmp_path / "mixed"))
-    shutil.copyfile(other / apart.FILE, mixed / apart.FILE)
+    # So the first one's model takes the other's file.
+    found = read_logits(case.apart["fp32"], case.ids, adapter=str(other / apart.FILE))
     expected = reference.forward(merged, case.decoder, case.ids)
-    assert np.abs(read_logits(mixed, case.ids, **ACTIVE) - expected).max() < TOLERANCE
+    assert np.abs(found - expected).max() < TOLERANCE
 
 
 def test_the_same_bytes_again(case: Case, tmp_path: Path) -> None:
@@ -260,8 +260,12 @@ def test_matrices_of_other_families_that_are_one_operand(
     assert np.abs(read_logits(folder, ids) - expected).max() > 0.01
 
 
-def test_half_precision(case: Case, tmp_path: Path) -> None:
-    folder = write(make(precision="fp16"), case.merged, tmp_path)
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_half_precision(provider: str, case: Case, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(make(precision="fp16"), provider=provider)
+    notes = make_plan(recipe, case.decoder, adapter=case.merged.adapter).needs.notes
+    assert any("never run on CUDA" in note for note in notes) == (provider == "cuda")
+    folder = write(recipe, case.merged, tmp_path)
     values = onnxruntime.AdapterFormat.read_adapter(str(folder / apart.FILE)).get_parameters()
     assert {value.data_type() for value in values.values()} == {"tensor(float16)"}
     expected = reference.forward(case.merged, case.decoder, case.ids)
@@ -290,6 +294,18 @@ def test_memory_and_disk_count_the_adapter(case: Case) -> None:
         assert getattr(plan, figure) - getattr(plain, figure) == plan.adapter_bytes
     assert plan.data.size_bytes == plain.data.size_bytes
     assert plan.digest != plain.digest
+
+
+def test_little_memory_for_a_build_is_refused(case: Case) -> None:
+    recipe, adapter = make(), case.merged.adapter
+    needed = make_plan(recipe, case.decoder, workers=1, adapter=adapter).build_memory_bytes
+    assert needed == 170_000_000  # A and B are small here
+    tensors = {
+        name: replace(info, shape=(3000, *info.shape[1:])) for name, info in adapter.tensors.items()
+    }
+    large = replace(adapter, tensors=tensors)
+    with pytest.raises(PlanError, match=r"--memory 170 MB: writing the adapter's file takes"):
+        make_plan(recipe, case.decoder, memory_bytes=needed, adapter=large)
 
 
 # Refusals

@@ -117,7 +117,7 @@ class Apart(Protocol):
     """What formats/<name>/apart.py offers, where artifacts can have an adapter beside them."""
 
     def measure(self, recipe: Recipe, decoder: Decoder, adapter: Adapter) -> int:
-        """Bytes that it takes more than none; PlanError for matrices that it cannot go beside."""
+        """Bytes that an artifact has more with it; PlanError for matrices it cannot go beside."""
 
 
 class Exporter(Protocol):
@@ -146,7 +146,7 @@ def get(name: str) -> Format:
 
 def names_with_apart() -> list[str]:
     """Names of the formats whose artifacts can have an adapter beside them."""
-    return [name for name in names() if find_spec(f"{__name__}.{name}.apart")]
+    return _names_with("apart")
 
 
 def get_apart(name: str) -> Apart:
@@ -156,9 +156,13 @@ def get_apart(name: str) -> Apart:
 
 def names_with_vendor() -> list[str]:
     """Names of the formats whose vendor's exporter can be run."""
-    return [name for name in names() if find_spec(f"{__name__}.{name}.vendor")]
+    return _names_with("vendor")
 
 
 def get_vendor(name: str) -> Exporter:
     """The format's vendor module."""
     return cast(Exporter, importlib.import_module(f"{__name__}.{name}.vendor"))
+
+
+def _names_with(module: str) -> list[str]:
+    return [name for name in names() if find_spec(f"{__name__}.{name}.{module}")]

@@ -21,10 +21,10 @@ def describe(artifact: Path) -> dict[str, Any]:
     engine = import_engine(manifest)
     adapter = manifest.properties.get("adapter")
     return {
-        **({"adapter": adapter} if adapter else {}),
         "name": manifest.name,
         "engine": f"{engine.PACKAGE} {_find_version(engine.PACKAGE)}",
         "provider": manifest.provider,
+        **({"adapter": adapter} if adapter else {}),
         "valid_context": list(manifest.valid_context),
         "settings": dataclasses.asdict(read_settings(artifact, manifest.context_length)),
         "offered": engine.OFFERED,

@@ -142,11 +142,11 @@ def _add_linear(graph: Graph, name: str, value: str, output: str = "") -> str:
     """The product with a matrix, its bias, and what an adapter apart adds to it."""
     node = f"/{name.replace('.', '/')}"
     output = output or f"{node}/output"
-    part = next(iter(graph.layout.linears.get(name, ())), None)
-    if part is None or part.tensor not in graph.adapted:
+    parts = graph.layout.linears.get(name, ())
+    if not parts or parts[0].tensor not in graph.adapted:
         return _add_product(graph, name, value, output)
     product = _add_product(graph, name, value, f"{node}/base")
-    return apart.add_branch(graph, part, value, product, output)
+    return apart.add_branch(graph, parts[0], value, product, output)
 
 
 def _add_product(graph: Graph, name: str, value: str, output: str) -> str:
