@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 from bench.measure import measure_bytes, measure_command
@@ -23,6 +24,11 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.lora import read_adapter
 
 SIDES = {"none": (), "merged": ("--adapter",), "apart": ("--adapter", "--adapter-apart")}
+
+
+def make(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int) -> None:
+    """Write an adapter of every linear layer."""
+    write_adapter(folder, make_adapter(shapes, {"": rank}), "bf16", r=rank)
 
 
 def build(side: str, options: argparse.Namespace, adapter: Path) -> str:
@@ -71,8 +77,10 @@ def main() -> None:
     shapes = {n: info.shape for n, info in Checkpoint.open(options.checkpoint).tensors.items()}
     folder = options.work / "adapter"
     if not folder.exists():
-        ranks = {"": options.rank}  # of every module
-        write_adapter(folder, make_adapter(shapes, ranks), "bf16", r=options.rank)
+        # Elsewhere, for what this process holds counts in the peak of those that it starts.
+        maker = get_context("spawn").Process(target=make, args=(folder, shapes, options.rank))
+        maker.start()
+        maker.join()
     adapter = read_adapter(folder, shapes, str(options.checkpoint))
     print(f"rank {options.rank}: {adapter.weights / 1e6:.1f} million weights\n")
     rows = {side: build(side, options, folder) for side in SIDES}

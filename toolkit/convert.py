@@ -25,10 +25,9 @@ def convert(jobs: Sequence[Job], staged: Mapping[str, Staging], building: Buildi
 
     Those of which an adapter stays apart are made of the checkpoint without it.
     """
-    apart = [job for job in jobs if job.plan.recipe.adapter_apart]
-    _convert([job for job in jobs if job not in apart], staged, building)
-    base = without_adapter(building.checkpoint)
-    _convert(apart, staged, replace(building, checkpoint=base))
+    base = replace(building, checkpoint=without_adapter(building.checkpoint))
+    _convert([job for job in jobs if not job.plan.recipe.adapter_apart], staged, building)
+    _convert([job for job in jobs if job.plan.recipe.adapter_apart], staged, base)
 
 
 def _convert(jobs: Sequence[Job], staged: Mapping[str, Staging], building: Building) -> None:

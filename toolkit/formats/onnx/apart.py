@@ -19,7 +19,7 @@ from toolkit.checkpoint.lora import Adapter
 from toolkit.decoder import Decoder, Parts, Rows
 from toolkit.errors import CheckpointError, PlanError, require
 from toolkit.formats.onnx import layout
-from toolkit.formats.onnx.encoders import ITEM_BYTES
+from toolkit.formats.onnx.encoders import ITEM_BYTES, convert
 from toolkit.formats.onnx.nodes import Graph
 from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.recipe import Recipe
@@ -36,7 +36,7 @@ def measure(recipe: Recipe, decoder: Decoder, adapter: Adapter) -> int:
     if decoder.vision:
         raise PlanError(f"{where}: is for models that read text alone", advice=merged)
     placed = layout.lay_out(recipe, decoder, decoder.context)
-    able = {parts[0].tensor for parts in placed.linears.values() if is_plain(parts)}
+    able = {parts[0].tensor for parts in placed.linears.values() if _is_plain(parts)}
     if unable := sorted(set(adapter.updates) - able):
         raise PlanError(
             f"{where}: {unable[0]}: its rows go into one operator with those of others, or in "
@@ -46,20 +46,20 @@ def measure(recipe: Recipe, decoder: Decoder, adapter: Adapter) -> int:
     return adapter.weights * ITEM_BYTES[recipe.io_dtype] + BRANCH_BYTES * len(adapter.updates)
 
 
-def is_plain(parts: Parts) -> bool:
+def _is_plain(parts: Parts) -> bool:
     """Whether an operand is rows of one matrix as they follow each other."""
     return len(parts) == 1 and parts[0].step == 1
 
 
-def name_part(matrix: str, part: str) -> str:
+def _name_part(matrix: str, part: str) -> str:
     """What A or B of a matrix is called, in the graph and in the file."""
     return f"{matrix.removesuffix('.weight')}.lora_{part}.weight"
 
 
 def add_branch(graph: Graph, part: Rows, value: str, product: str, output: str) -> str:
     """The product with rows of a matrix, and what an adapter adds to it."""
-    update, total = _add_update(graph, part.tensor, value), graph.decoder.shapes()[part.tensor][0]
-    if part.count < total:
+    update = _add_update(graph, part.tensor, value)
+    if part.count < graph.decoder.shapes()[part.tensor][0]:
         limits = (graph.integers(n) for n in (part.start, part.start + part.count, -1))
         update = graph.add("Slice", [update, *limits], f"{product}/update")
     return graph.add_many("Add", [product, update], f"{product}/adapted", [output])
@@ -69,8 +69,8 @@ def _add_update(graph: Graph, matrix: str, value: str) -> str:
     """The value times A times B; once, where several operands are rows of the matrix."""
     if matrix not in graph.updates:
         rows, columns = graph.decoder.shapes()[matrix]
-        narrow = _add_product(graph, name_part(matrix, "A"), value, (columns, None))
-        graph.updates[matrix] = _add_product(graph, name_part(matrix, "B"), narrow, (None, rows))
+        narrow = _add_product(graph, _name_part(matrix, "A"), value, (columns, None))
+        graph.updates[matrix] = _add_product(graph, _name_part(matrix, "B"), narrow, (None, rows))
     return graph.updates[matrix]
 
 
@@ -91,21 +91,17 @@ def write(path: Path, recipe: OnnxRecipe, adapter: Adapter) -> None:
     values = {}
     for matrix, a, b in adapter.read_pairs():
         for part, weights in (("A", a), ("B", b)):
-            narrowed = _narrow(path, name_part(matrix, part), weights.T, recipe.io_dtype)
-            values[name_part(matrix, part)] = runtime.OrtValue.ortvalue_from_numpy(narrowed)
+            name = _name_part(matrix, part)
+            try:
+                turned = np.ascontiguousarray(convert(weights, recipe.io_dtype).T)
+            except ValueError as error:
+                raise CheckpointError(f"{adapter.folder}: {name}: {error}") from error
+            values[name] = runtime.OrtValue.ortvalue_from_numpy(turned)
     file = runtime.AdapterFormat()
     file.set_adapter_version(VERSION)
     file.set_model_version(VERSION)
     file.set_parameters(values)
     file.export_adapter(str(path.absolute()))
-
-
-def _narrow(path: Path, name: str, weights: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    with np.errstate(over="ignore"):
-        narrowed = np.ascontiguousarray(weights, dtype)
-    if not np.isfinite(narrowed).all():
-        raise CheckpointError(f"{path.name}: {name}: not finite (NaN, Inf or beyond {dtype})")
-    return narrowed
 
 
 def read(folder: Path) -> Mapping[str, Any]:
@@ -120,8 +116,8 @@ def read(folder: Path) -> Mapping[str, Any]:
 
 def multiply(values: Mapping[str, Any], matrix: str) -> NDArray[np.float32] | None:
     """What is added to a matrix [out, in]; None where nothing is."""
-    if name_part(matrix, "A") not in values:
+    if _name_part(matrix, "A") not in values:
         return None
-    a, b = (values[name_part(matrix, part)].numpy().astype(np.float32) for part in "AB")
+    a, b = (values[_name_part(matrix, part)].numpy().astype(np.float32) for part in "AB")
     update: NDArray[np.float32] = (a @ b).T
     return update
