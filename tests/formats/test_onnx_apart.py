@@ -1,6 +1,7 @@
 """Adapters apart: an ONNX model with the base's own weights, and a file that makes it another."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -37,7 +38,7 @@ from toolkit.plan import make_plan
 from toolkit.quality import reference
 from toolkit.recipe import Recipe
 from toolkit.report import Report
-from toolkit.runner.engines.onnxruntime_genai import load
+from toolkit.runner.engines.onnxruntime_genai import SWITCHES, load
 from toolkit.runner.failure import Failure
 from toolkit.runner.settings import Settings
 
@@ -169,14 +170,6 @@ def test_adapters_of_the_same_modules_share_the_graph(case: Case, tmp_path: Path
     assert np.abs(found - expected).max() < TOLERANCE
 
 
-def test_the_same_bytes_again(case: Case, tmp_path: Path) -> None:
-    again = write(make(**EXACT_INT4), case.merged, tmp_path)
-    names = [path.name for path in again.iterdir()]
-    assert {n: digest(again / n) for n in names if n != "manifest.json"} == {
-        n: digest(case.apart["int4"] / n) for n in names if n != "manifest.json"
-    }
-
-
 def test_the_file_holds_what_onnxruntime_reads(case: Case) -> None:
     file = onnxruntime.AdapterFormat.read_adapter(str(case.apart["fp32"] / apart.FILE))
     values = {name: value.numpy() for name, value in file.get_parameters().items()}
@@ -212,6 +205,26 @@ def test_answers_are_those_of_a_program_by_hand(case: Case) -> None:
     runner.close()
     assert answers[True] != answers[False]
     assert ONNX.open_session(folder).generate(case.ids, new_tokens) == answers[False]
+
+
+def test_it_stays_active_where_the_engine_computes_anew(tmp_path: Path) -> None:
+    """Beyond LongRoPE's switch, in the middle of an answer: as with the adapter merged."""
+    source = write_random_checkpoint(tmp_path / "source", "longrope_gqa")
+    switch = SWITCHES["phi3"]
+    longer = {"original_max_position_embeddings": switch, "max_position_embeddings": 2 * switch}
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    (source / "config.json").write_text(json.dumps({**config, **longer}), encoding="utf-8")
+    merged = merge(Checkpoint.open(source), tmp_path / "adapter", "qkv_proj", "gate_up_proj")
+    answers = []
+    for name, recipe in (("apart", make(**FLOAT)), ("merged", make_recipe("onnx", **FLOAT))):
+        folder = write(recipe, merged, tmp_path / name)
+        properties = ACTIVE if recipe.adapter_apart else {}
+        runner = load(folder, "model.onnx", "cpu", Settings(2 * switch), **properties)
+        prompt = case_ids(source, switch - 4)
+        answers.append([token for token, _ in runner.generate(prompt, 12)])
+        runner.close()
+    assert len(answers[0]) == 12
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(
