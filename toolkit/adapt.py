@@ -6,8 +6,8 @@ from pathlib import Path
 
 from toolkit.budget import Budget, fit_budget
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.lora import find_adapter
 from toolkit.console import Console
-from toolkit.decoder import Decoder
 from toolkit.errors import PlanError, SettingsError
 from toolkit.families import read_decoder
 from toolkit.plan import make_plan
@@ -20,6 +20,7 @@ class Wanted:
     """What is asked instead of what recipes say; None keeps that.
 
     `calibration` is a text for choosing codes, and for the budget, which goes with one recipe.
+    `adapter_apart` leaves the checkpoint's adapter a file of its own, as a recipe can too.
     """
 
     engine: Engine | None = None
@@ -27,6 +28,7 @@ class Wanted:
     equalize: bool | None = None
     calibration: Path | None = None
     budget: Budget | None = None
+    adapter_apart: bool = False
 
 
 def adapt_recipes(
@@ -36,10 +38,19 @@ def adapt_recipes(
     """Change recipes as wanted; PlanError when one cannot be, or cannot keep the budget."""
     engine = wanted.engine
     changed = [one.with_engine(engine) if engine else one for one in recipes]
-    changed = _choose_codes(changed, read_decoder(checkpoint.config), wanted, console)
+    if wanted.adapter_apart:
+        changed = [one.with_adapter_apart() for one in changed]
+    changed = _choose_codes(changed, checkpoint, wanted, console)
     if wanted.budget is None:
         return changed
     (recipe,) = changed
+    if recipe.adapter_apart:
+        raise PlanError(
+            f"{recipe.name}: adapter_apart: a budget would choose the bits for the checkpoint with "
+            "its adapter merged, and the weights would no longer be those without it",
+            advice="build the checkpoint alone with the budget, and write the overrides that it "
+            "names into a recipe",
+        )
     mix = fit_budget(
         recipe, checkpoint, wanted.budget, console, report, context_length=context_length,
         text=wanted.calibration,
@@ -48,18 +59,19 @@ def adapt_recipes(
 
 
 def _choose_codes(
-    recipes: Sequence[Recipe], decoder: Decoder, wanted: Wanted, console: Console
+    recipes: Sequence[Recipe], checkpoint: Checkpoint, wanted: Wanted, console: Console
 ) -> list[Recipe]:
     """Have codes chosen another way; of several recipes those without codes stay as they are.
 
     SettingsError when a calibration text is given that none of them takes.
     """
+    decoder, adapter = read_decoder(checkpoint.config), find_adapter(checkpoint)
     chosen = []
     for recipe in recipes:
         changed = recipe.with_codes(wanted.method, wanted.equalize)
         if changed != recipe:
             try:
-                make_plan(changed, decoder)
+                make_plan(changed, decoder, adapter=adapter)
             except PlanError as error:
                 if len(recipes) == 1:
                     raise

@@ -27,7 +27,7 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
 class Source(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The checkpoint the artifact was made from; `digest` covers config and weights' headers.
 
-    `adapter` is the digest of the LoRA adapter that was merged into it, which `digest` covers too.
+    `adapter` is the digest of the LoRA adapter that came with it, which `digest` covers too.
     """
 
     model: str

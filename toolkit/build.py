@@ -13,6 +13,7 @@ from toolkit import __version__, artifact, formats
 from toolkit.artifact import Calibration, Manifest, Quality, Runtime, Source
 from toolkit.check import run_checks
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.lora import find_adapter
 from toolkit.console import Console, format_bytes
 from toolkit.convert import convert
 from toolkit.errors import ArtifactError, BuildError, PhishipError, PlanError
@@ -100,6 +101,8 @@ def _prepare(recipe: Recipe, building: Building) -> Job | None:
         with building.report.step(building.step_name("plan", recipe.name)) as step:
             job = _plan(recipe, building)
             step.measured = f"{format_bytes(job.plan.artifact_bytes)} to write"
+            if job.plan.adapter:
+                step.measured += f", of them {format_bytes(job.plan.adapter_bytes)} for the adapter"
         if not (job.final.exists() and _is_same(job, building.options)):
             return job
         with building.report.step(building.step_name("keep", recipe.name)) as step:
@@ -113,6 +116,7 @@ def _plan(recipe: Recipe, building: Building) -> Job:
     plan = make_plan(
         recipe, building.decoder, context_length=options.context_length, workers=options.workers,
         memory_bytes=options.memory_bytes, tokenizer_bytes=measure_tokenizer(checkpoint),
+        adapter=find_adapter(checkpoint),
     )  # fmt: skip
     _check_gate_memory(plan, options)
     _check_adapter(recipe, checkpoint)
@@ -132,8 +136,8 @@ def _check_adapter(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """PlanError where an adapter would be left out."""
     if recipe.adapter and not checkpoint.adapter_digest:
         raise PlanError(
-            f"{recipe.name}: adapter: {recipe.adapter} is not merged into the checkpoint",
-            advice="`phiship build` and `ship` merge it",
+            f"{recipe.name}: adapter: {recipe.adapter} does not come with the checkpoint",
+            advice="`phiship build` and `ship` read it",
         )
     if recipe.engine == "vendor" and checkpoint.adapter_digest:
         raise PlanError(

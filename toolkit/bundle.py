@@ -57,6 +57,7 @@ def bundle(
     with report.step("check artifact") as step:
         manifest = read_manifest(artifact)
         _require_checked(artifact, manifest, accept_unchecked)
+        _require_plain(artifact, manifest)
         chosen = choose_platform(manifest, platform)
         with console.progress("verify", manifest.size_bytes) as bar:
             verify_files(artifact, manifest.files, bar)
@@ -75,6 +76,17 @@ def bundle(
         size_bytes = _measure(temporary)
         step.measured = f"{final}, {format_bytes(size_bytes)}"
     return final
+
+
+def _require_plain(artifact: Path, manifest: Manifest) -> None:
+    """UnsupportedError for what an app would have to load the model with."""
+    if properties := manifest.runtime.properties:
+        asked = ", ".join(f"{key} {value}" for key, value in properties.items())
+        raise UnsupportedError(
+            f"{artifact}: is its source only when loaded with {asked}, of which a bundle's how-to "
+            "says nothing",
+            advice="bundle an artifact with its adapter merged" if "adapter" in properties else "",
+        )
 
 
 def choose_platform(manifest: Manifest, platform: str | None) -> str:

@@ -9,6 +9,7 @@ import msgspec
 from toolkit import __version__, artifact, catalog, formats
 from toolkit.artifact import Chat, Manifest, Quality
 from toolkit.checkpoint import LOCAL_REVISION, Checkpoint
+from toolkit.checkpoint.lora import find_adapter
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
 from toolkit.errors import (
@@ -102,7 +103,7 @@ def open_artifact(
     with report.step("source") as step:
         if manifest.source.adapter and asked.adapter is None:
             raise CheckpointError(
-                f"{manifest.name} was made with a LoRA adapter merged in",
+                f"{manifest.name} was made with a LoRA adapter",
                 advice="give it with --adapter DIR",
             )
         checkpoint = open_source(reference or _source_of(manifest), console, asked.adapter)
@@ -114,7 +115,9 @@ def open_artifact(
                 f"(its digest is not {manifest.source.digest[:12]}...)"
             )
         step.measured = str(checkpoint.folder)
-    plan = make_plan(recipe, decoder, context_length=manifest.context_length)
+    plan = make_plan(
+        recipe, decoder, context_length=manifest.context_length, adapter=find_adapter(checkpoint)
+    )
     with report.step("text") as step:
         text = _read_text(manifest, checkpoint, asked)
         step.measured = f"{text.name}: {len(text.sequences)} x {text.length} tokens"

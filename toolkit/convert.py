@@ -11,6 +11,7 @@ from dataclasses import replace
 from toolkit import fileio, formats
 from toolkit.calibrate import Calibrated, bytes_to_do, calibrate
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.lora import without_adapter
 from toolkit.console import format_bytes
 from toolkit.errors import PhishipError
 from toolkit.job import Building, Job
@@ -20,7 +21,16 @@ from toolkit.stream import Output, list_tasks, open_output, stream
 
 
 def convert(jobs: Sequence[Job], staged: Mapping[str, Staging], building: Building) -> None:
-    """Write the data files of all jobs; an artifact's error becomes its result."""
+    """Write the data files of all jobs; an artifact's error becomes its result.
+
+    Those of which an adapter stays apart are made of the checkpoint without it.
+    """
+    base = replace(building, checkpoint=without_adapter(building.checkpoint))
+    _convert([job for job in jobs if not job.plan.recipe.adapter_apart], staged, building)
+    _convert([job for job in jobs if job.plan.recipe.adapter_apart], staged, base)
+
+
+def _convert(jobs: Sequence[Job], staged: Mapping[str, Staging], building: Building) -> None:
     outputs = {}
     for job in jobs:
         with building.attempt(job.name):

@@ -10,6 +10,7 @@ import msgspec
 from toolkit import catalog, formats, support
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
+from toolkit.checkpoint.lora import Adapter, find_adapter, read_adapter
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
 from toolkit.device import resolve_device
@@ -17,7 +18,7 @@ from toolkit.errors import SettingsError
 from toolkit.families import read_decoder
 from toolkit.plan import Plan, check_fit, make_plan, measure_tokenizer
 from toolkit.recipe import Recipe
-from toolkit.source import open_source
+from toolkit.source import choose_adapter, list_shapes, open_source
 from toolkit.target import Target
 from toolkit.vendor.environment import Found, cache_folder, look, setup
 
@@ -62,22 +63,29 @@ def show_support(console: Console, *, markdown: bool) -> None:
 
 def show_plan(
     recipe_name: str, target_name: str | None, checkpoint: str | None, context: int | None,
-    workers: int | None, memory_bytes: int | None, console: Console,
+    workers: int | None, memory_bytes: int | None, console: Console, *,
+    adapter: Path | None = None, adapter_apart: bool = False,
 ) -> None:  # fmt: skip
     """Show the plan; PlanError when it does not fit the target."""
     recipe = catalog.load_recipe(recipe_name)
+    adapter = choose_adapter(recipe, adapter, apart=adapter_apart)
+    recipe = recipe.with_adapter_apart() if adapter_apart else recipe
     target = catalog.load_target(target_name) if target_name else None
-    adapter = Path(recipe.adapter) if recipe.adapter else None
     opened = open_source(checkpoint, console, adapter) if checkpoint else None
+    decoder = _decoder(recipe, opened)
+    found = find_adapter(opened) if opened else None
+    if adapter and not opened:
+        found = read_adapter(adapter, list_shapes(decoder), recipe.model)
     plan = make_plan(
         recipe,
-        _decoder(recipe, opened),
+        decoder,
         context_length=context,
         workers=workers,
         memory_bytes=memory_bytes,
         tokenizer_bytes=measure_tokenizer(opened) if opened else None,
+        adapter=found,
     )
-    rows = _settings(plan) + _costs(plan, target)
+    rows = _settings(plan) + _describe_adapter(plan, found) + _costs(plan, target)
     console.event(
         "plan",
         recipe=recipe.name,
@@ -85,6 +93,8 @@ def show_plan(
         context_length=plan.context_length,
         digest=plan.digest,
         artifact_bytes=plan.artifact_bytes,
+        adapter=found.digest if found else None,
+        adapter_bytes=plan.adapter_bytes,
         build_memory_bytes=plan.build_memory_bytes,
         gate_memory_bytes=plan.gate_memory_bytes,
         kv_bytes=plan.kv_bytes,
@@ -125,11 +135,19 @@ def _settings(plan: Plan) -> list[list[str]]:
     return rows
 
 
+def _describe_adapter(plan: Plan, adapter: Adapter | None) -> list[list[str]]:
+    """Which adapter the artifact has, and how."""
+    if adapter is None:
+        return []
+    way = f"apart, {format_bytes(plan.adapter_bytes)}" if plan.adapter else "merged"
+    return [["adapter", f"{adapter.folder}: {len(adapter.updates)} matrices, {way}"]]
+
+
 def _costs(plan: Plan, target: Target | None) -> list[list[str]]:
     has = f" of {format_bytes(target.usable_memory_bytes)} on {target.name}" if target else ""
     conversion = f"{format_bytes(plan.build_memory_bytes)} with {plan.workers} workers"
     parts = (
-        f"weights {format_bytes(plan.data.size_bytes)} + cache {format_bytes(plan.kv_bytes)} "
+        f"weights {format_bytes(plan.weight_bytes)} + cache {format_bytes(plan.kv_bytes)} "
         f"+ engine {format_bytes(plan.needs.overhead_bytes)}"
     )
     return [

@@ -16,7 +16,7 @@ from toolkit import artifact, formats
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
-from toolkit.errors import ArtifactError
+from toolkit.errors import ArtifactError, PlanError
 from toolkit.families import read_decoder
 from toolkit.formats import Session
 from toolkit.plan import make_plan
@@ -92,6 +92,12 @@ def compare(
     Each build is a process of its own, `phiship build --no-check`, so that both are measured alike.
     MissingExtraError before anything is built when the vendor's environment is not there.
     """
+    if recipe.adapter or recipe.adapter_apart:
+        raise PlanError(
+            f"{recipe.name}: adapter: the vendors' converters read none, so there is nothing to "
+            "compare with",
+            advice="take a recipe without it, and a checkpoint that PEFT has merged",
+        )
     locate(formats.get_vendor(recipe.format).VENDOR)
     checkpoint = open_source(source, console)
     decoder = read_decoder(checkpoint.config)

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from toolkit import __version__, catalog, formats
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.lora import Adapter
 from toolkit.console import format_bytes
 from toolkit.decoder import Decoder
 from toolkit.errors import PhishipError, PlanError
@@ -21,6 +22,7 @@ from toolkit.target import Target
 # Resident memory of a conversion, and of each thread: bench/convert.py, rounded up.
 PROCESS_BYTES = 150_000_000
 WORKER_BYTES = 20_000_000
+ADAPTER_COPIES = 3  # of an adapter that stays apart, while its file is written: docs/lora.md
 # Of Phi-3's files and of Phi-4-mini's, where there is no checkpoint to look at: 75 to 78.
 TOKEN_BYTES = 78
 RUNNER_BYTES = 1_000_000
@@ -41,11 +43,18 @@ class Plan:
     needs: RuntimeNeeds
     workers: int
     rest_bytes: int
+    adapter: Adapter | None = None  # that stays apart
+    adapter_bytes: int = 0
 
     @property
     def artifact_bytes(self) -> int:
         """Size of the artifact: exact for the weights, rounded up for the small files."""
-        return self.data.size_bytes + self.rest_bytes
+        return self.data.size_bytes + self.adapter_bytes + self.rest_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a runtime has in memory of the artifact."""
+        return self.data.size_bytes + self.adapter_bytes
 
     @property
     def source_decoder(self) -> Decoder:
@@ -60,7 +69,7 @@ class Plan:
     @property
     def device_memory_bytes(self) -> int:
         """Weights, cache and engine together."""
-        return self.data.size_bytes + self.kv_bytes + self.needs.overhead_bytes
+        return self.weight_bytes + self.kv_bytes + self.needs.overhead_bytes
 
     @property
     def device_disk_bytes(self) -> int:
@@ -70,15 +79,16 @@ class Plan:
     @property
     def build_memory_bytes(self) -> int:
         """Resident memory of the conversion; the gate then loads the artifact."""
+        adapter_bytes = ADAPTER_COPIES * self.adapter_bytes
         if self.recipe.quantization.is_calibrated:
             tokens = self.recipe.quantization.calibration_tokens
-            return PROCESS_BYTES + _calibration_bytes(self.decoder, tokens)
-        return PROCESS_BYTES + self.workers * WORKER_BYTES
+            return PROCESS_BYTES + max(_calibration_bytes(self.decoder, tokens), adapter_bytes)
+        return PROCESS_BYTES + max(self.workers * WORKER_BYTES, adapter_bytes)
 
     @property
     def gate_memory_bytes(self) -> int:
         """Resident memory of the gate: the artifact in its own runtime on this machine."""
-        return self.data.size_bytes + self.needs.overhead_bytes + PROCESS_BYTES
+        return self.weight_bytes + self.needs.overhead_bytes + PROCESS_BYTES
 
     @property
     def digest(self) -> str:
@@ -103,8 +113,12 @@ def make_plan(
     workers: int | None = None,
     memory_bytes: int | None = None,
     tokenizer_bytes: int | None = None,
+    adapter: Adapter | None = None,
 ) -> Plan:
-    """Fill in every default; PlanError when the recipe cannot hold this architecture."""
+    """Fill in every default; PlanError when the recipe cannot hold this architecture.
+
+    `adapter` is what was read of the recipe's; it counts where it stays apart.
+    """
     context = context_length or recipe.context_length or decoder.context
     if context > decoder.context:
         raise PlanError(
@@ -116,6 +130,7 @@ def make_plan(
     module.check_shape(recipe, decoder)
     data = module.lay_out(recipe, decoder, context)
     _check_codes(recipe, decoder, data)
+    apart = adapter if recipe.adapter_apart else None
     plan = Plan(
         recipe=recipe,
         decoder=decoder,
@@ -126,15 +141,28 @@ def make_plan(
         rest_bytes=module.rest_bytes(
             TOKEN_BYTES * decoder.vocab if tokenizer_bytes is None else tokenizer_bytes
         ),
+        adapter=apart,
+        adapter_bytes=_measure_adapter(recipe, decoder, apart),
     )
-    if memory_bytes is not None and plan.build_memory_bytes > memory_bytes:
-        raise PlanError(
-            f"--memory {format_bytes(memory_bytes)}: choosing codes on a text of "
-            f"{recipe.quantization.calibration_tokens} tokens takes "
-            f"{format_bytes(plan.build_memory_bytes)}",
-            advice="give more, or set quantization.calibration_tokens lower",
-        )
+    if memory_bytes is not None:
+        _check_memory(plan, memory_bytes)
     return plan
+
+
+def _check_memory(plan: Plan, memory_bytes: int) -> None:
+    """PlanError when a build takes more, of whose reasons fewer workers are none."""
+    if plan.build_memory_bytes <= memory_bytes:
+        return
+    quantization = plan.recipe.quantization
+    what, otherwise = "writing the adapter's file", "leave adapter_apart out"
+    if quantization.is_calibrated:
+        what = f"choosing codes on a text of {quantization.calibration_tokens} tokens"
+        otherwise = "set quantization.calibration_tokens lower"
+    raise PlanError(
+        f"--memory {format_bytes(memory_bytes)}: {what} takes "
+        f"{format_bytes(plan.build_memory_bytes)}",
+        advice=f"give more, or {otherwise}",
+    )
 
 
 def _calibration_bytes(decoder: Decoder, tokens: int) -> int:
@@ -179,6 +207,28 @@ def _check_architecture(recipe: Recipe, decoder: Decoder) -> None:
             f"{recipe.name}: quantization.method: got {recipe.quantization.method}; a text shows "
             "each expert too few tokens to choose its codes by; allowed rtn"
         )
+
+
+def _measure_adapter(recipe: Recipe, decoder: Decoder, adapter: Adapter | None) -> int:
+    """Bytes of an adapter that stays apart; PlanError where there is none, or it cannot."""
+    if not recipe.adapter_apart:
+        return 0
+    where = f"{recipe.name}: adapter_apart"
+    if recipe.format not in (able := formats.names_with_apart()):
+        raise PlanError(
+            f"{where}: runtimes of {recipe.format} are given no adapter beside a model here; "
+            f"allowed with {', '.join(able)}",
+            advice="leave it out to have the adapter merged",
+        )
+    if recipe.quantization.equalize:
+        raise PlanError(
+            f"{where}: quantization.equalize moves scale between the checkpoint's weights, of "
+            "which an adapter beside them knows nothing; allowed with equalize: false",
+            advice="leave one of them out",
+        )
+    if adapter is None:
+        raise PlanError(f"{where}: there is no adapter", advice="give one with --adapter DIR")
+    return formats.get_apart(recipe.format).measure(recipe, decoder, adapter)
 
 
 def _check_codes(recipe: Recipe, decoder: Decoder, data: DataFile) -> None:
@@ -246,7 +296,7 @@ def find_problem(plan: Plan, target: Target) -> str:
 
 def largest_context(plan: Plan, target: Target) -> int:
     """The longest context (a multiple of 256) that the target's memory holds; 0 when none does."""
-    left = target.usable_memory_bytes - plan.data.size_bytes - plan.needs.overhead_bytes
+    left = target.usable_memory_bytes - plan.weight_bytes - plan.needs.overhead_bytes
     tokens = left // plan.needs.kv_bytes_per_token
     return max(0, min(tokens, plan.decoder.context) // 256 * 256)
 
@@ -291,5 +341,7 @@ def _at(plan: Plan, context_length: int) -> Plan | None:
     """The same with another context; None when the recipe is not for contexts that short."""
     with contextlib.suppress(PlanError):
         if context_length:
-            return make_plan(plan.recipe, plan.decoder, context_length=context_length)
+            return make_plan(
+                plan.recipe, plan.decoder, context_length=context_length, adapter=plan.adapter
+            )
     return None

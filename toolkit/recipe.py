@@ -38,7 +38,8 @@ class Recipe(
 
     `engine` vendor has the vendor's own converter make the artifact, in an environment of its own.
     `first_choice` recipes are what `ship` takes before the others of their format. `adapter` is a
-    folder with a LoRA adapter to merge into the checkpoint, seen from the recipe's own file.
+    folder with a LoRA adapter to merge into the checkpoint, seen from the recipe's own file; with
+    `adapter_apart` it stays a file of its own beside the checkpoint's unchanged weights.
     """
 
     name: str = ""
@@ -48,6 +49,7 @@ class Recipe(
     engine: Engine = "native"
     first_choice: bool = False
     adapter: str | None = None
+    adapter_apart: bool = False
     context_length: int | None = None
     check: Limits = Limits()
     smoke: Smoke | None = None
@@ -60,6 +62,10 @@ class Recipe(
     def with_engine(self, engine: Engine) -> "Recipe":
         """The same recipe, made by another engine."""
         return msgspec.structs.replace(self, engine=engine)
+
+    def with_adapter_apart(self) -> "Recipe":
+        """The same recipe, with its adapter in a file of its own."""
+        return msgspec.structs.replace(self, adapter_apart=True)
 
     def with_codes(self, method: Method | None, equalize: bool | None) -> "Recipe":
         """The same recipe with codes chosen another way, which its name then says; None keeps."""
@@ -77,4 +83,6 @@ class Recipe(
     def settings(self) -> dict[str, Any]:
         """The fields that change the artifact's bytes, defaults filled in."""
         fields: dict[str, Any] = msgspec.to_builtins(self)
+        if not self.adapter_apart:  # as in artifacts that were made before there was a choice
+            del fields["adapter_apart"]
         return {key: value for key, value in fields.items() if key not in BESIDE_THE_BYTES}

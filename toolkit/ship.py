@@ -20,7 +20,7 @@ from toolkit.preflight import describe_target, list_ways
 from toolkit.recipe import Recipe
 from toolkit.remote import read_facts
 from toolkit.report import Report
-from toolkit.source import find_model, open_source
+from toolkit.source import choose_adapter, find_model, open_source
 from toolkit.ssh.embedded import running
 from toolkit.ssh.session import Session, open_session
 
@@ -34,12 +34,16 @@ MAC_WAYS = ("mlx/metal", "gguf/cpu", "onnx/cpu")
 def ship(
     reference: str, device_name: str, console: Console, report: Report, *, out: Path,
     recipe_name: str | None, options: Options, push: Push, devices_file: Path | None,
+    adapter: Path | None = None,
 ) -> None:  # fmt: skip
-    """Do it all; every step goes into `report`. Raises what the failing step raises."""
+    """Do it all; every step goes into `report`. Raises what the failing step raises.
+
+    `adapter` is merged, unless the recipe says that it stays apart.
+    """
     device = resolve_device(device_name, devices_file)
     with report.step("read checkpoint") as step:
         asked = catalog.load_recipe(recipe_name) if recipe_name else None
-        adapter = Path(asked.adapter) if asked and asked.adapter else None
+        adapter = choose_adapter(asked, adapter, apart=False)
         checkpoint = open_source(reference, console, adapter)
         decoder = read_decoder(checkpoint.config)
         step.measured = f"{checkpoint.folder}: {decoder.layers} layers x {decoder.hidden}"

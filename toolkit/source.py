@@ -37,16 +37,39 @@ def open_source(reference: str, console: Console, adapter: Path | None = None) -
     return merged
 
 
+def choose_adapter(recipe: Recipe | None, given: Path | None, *, apart: bool) -> Path | None:
+    """The folder of the adapter to build with: the recipe's or the one that is given, if any.
+
+    SettingsError where they are two, for the artifact's name, limits and question are those of the
+    recipe's own; or where one is to stay `apart`, and there is none.
+    """
+    named = Path(recipe.adapter) if recipe and recipe.adapter else None
+    if recipe and named and given and named.resolve() != given.resolve():
+        raise SettingsError(
+            f"--adapter {given}: {recipe.name} names another adapter, {named}",
+            advice="leave --adapter out, or take a recipe that names none",
+        )
+    apart = apart or bool(recipe and recipe.adapter_apart)
+    if apart and not (named or given):
+        who = f"{recipe.name}: adapter_apart" if recipe else "--adapter-apart"
+        raise SettingsError(f"{who}: there is no adapter", advice="give one with --adapter DIR")
+    return given or named
+
+
 def _check_used(merged: MergedCheckpoint, adapter: Path) -> None:
     """UnsupportedError for an update of what no build reads, as the head of a tied model."""
     decoder = read_decoder(merged.config)
-    read = {*decoder.shapes(), *(decoder.vision.shapes() if decoder.vision else ())}
-    if unused := sorted(set(merged.adapter.updates) - read):
+    if unused := sorted(set(merged.adapter.updates) - set(list_shapes(decoder))):
         raise UnsupportedError(
             f"{adapter}: {unused[0]}: the model does not use this tensor of {merged.folder}"
             + (", its head is its embedding" if decoder.is_tied else ""),
             advice="train the adapter without it",
         )
+
+
+def list_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a build reads."""
+    return {**decoder.shapes(), **(decoder.vision.shapes() if decoder.vision else {})}
 
 
 def list_recipes(checkpoint: Checkpoint, reference: str, kinds: Collection[str]) -> list[Recipe]:

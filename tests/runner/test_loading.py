@@ -69,6 +69,19 @@ def test_engine_that_is_missing(artifacts: dict[str, Path], tmp_path: Path) -> N
     assert "runs in onnxruntime-genai, which cannot be imported: not here" in error["message"]
 
 
+def test_a_property_that_the_runner_does_not_know(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    """As an adapter apart in a runner from before there were any: never left out silently."""
+    folder = Path(shutil.copytree(artifacts["gguf"], tmp_path / "copy"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["runtime"]["properties"] = {"later": "x"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    error = ask(folder)["error"]
+    assert error["kind"] == "model"
+    assert "unexpected keyword argument 'later'" in error["message"]
+
+
 def test_model_larger_than_the_memory(artifacts: dict[str, Path], tmp_path: Path) -> None:
     """Refused before it is loaded, also where loading would succeed."""
     folder = tmp_path / "large"

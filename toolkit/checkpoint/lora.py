@@ -1,6 +1,6 @@
-"""A LoRA adapter as PEFT saves it, merged into a checkpoint's rows as they are read.
+"""A LoRA adapter as PEFT saves it, merged into a checkpoint's rows as they are read, or apart.
 
-Each matrix becomes W + scale * B A in float32 and is not rounded back to the checkpoint's dtype.
+Merged, a matrix is W + scale * B A in float32 and is not rounded back to the checkpoint's dtype.
 Names, patterns and scales follow PEFT (src/peft/tuners/lora, src/peft/utils/other.py).
 """
 
@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from toolkit.checkpoint import PIECE_WEIGHTS, Checkpoint, to_float32
 from toolkit.checkpoint.config import Config, read_config
 from toolkit.checkpoint.safetensors import TensorInfo, read_header
 from toolkit.errors import CheckpointError, UnsupportedError
+
+Floats = NDArray[np.float32]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -49,6 +52,10 @@ class Update:
     b: str
     scale: float
 
+    def read(self, parts: Checkpoint) -> tuple[Floats, Floats]:
+        """A, and B with the scale in it."""
+        return parts.read(self.a), parts.read(self.b) * np.float32(self.scale)
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -59,9 +66,21 @@ class Adapter:
     tensors: Mapping[str, TensorInfo]
     digest: str
 
+    @property
+    def weights(self) -> int:
+        """How many A and B have together."""
+        pairs = [(one.a, one.b) for one in self.updates.values()]
+        return sum(math.prod(self.tensors[name].shape) for pair in pairs for name in pair)
+
     def open(self) -> Checkpoint:
         """Its tensors, to be read by one thread."""
         return Checkpoint(self.folder, Config(str(self.folder), {}), dict(self.tensors))
+
+    def read_pairs(self) -> Iterator[tuple[str, Floats, Floats]]:
+        """The name of each matrix, its A [rank, in], and its B [out, rank] with the scale in it."""
+        with closing(self.open()) as parts:
+            for name, update in sorted(self.updates.items()):
+                yield name, *update.read(parts)
 
 
 @dataclass
@@ -71,7 +90,7 @@ class MergedCheckpoint(Checkpoint):
     base: Checkpoint = field(kw_only=True)
     adapter: Adapter = field(kw_only=True)
     parts: Checkpoint = field(kw_only=True, repr=False)
-    _latest: tuple[str, NDArray[np.float32], NDArray[np.float32]] | None = None
+    _latest: tuple[str, Floats, Floats] | None = None
 
     @property
     def adapter_digest(self) -> str:
@@ -108,13 +127,10 @@ class MergedCheckpoint(Checkpoint):
             merged += to_float32(raw)
             yield row, merged
 
-    def _read_pair(
-        self, name: str, update: Update
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _read_pair(self, name: str, update: Update) -> tuple[Floats, Floats]:
         """A, and B with the scale; those of the latest matrix are kept."""
         if self._latest is None or self._latest[0] != name:
-            b = self.parts.read(update.b) * np.float32(update.scale)
-            self._latest = (name, self.parts.read(update.a), b)
+            self._latest = (name, *update.read(self.parts))
         return self._latest[1:]
 
 
@@ -124,7 +140,18 @@ def merge(base: Checkpoint, folder: Path) -> MergedCheckpoint:
     CheckpointError when the adapter is damaged, or matches nothing of the checkpoint, or has other
     shapes; UnsupportedError when it is more than W + scale * B A.
     """
-    return _join(base, read_adapter(folder, base))
+    shapes = {name: info.shape for name, info in base.tensors.items()}
+    return _join(base, read_adapter(folder, shapes, str(base.folder)))
+
+
+def find_adapter(checkpoint: Checkpoint) -> Adapter | None:
+    """The adapter that a checkpoint comes with, if any."""
+    return checkpoint.adapter if isinstance(checkpoint, MergedCheckpoint) else None
+
+
+def without_adapter(checkpoint: Checkpoint) -> Checkpoint:
+    """What the adapter was merged into; a checkpoint without one is that itself."""
+    return checkpoint.base if isinstance(checkpoint, MergedCheckpoint) else checkpoint
 
 
 def _join(base: Checkpoint, adapter: Adapter) -> MergedCheckpoint:
@@ -169,14 +196,14 @@ def look(folder: Path) -> Found:
     return Found(config, tensors, _pair_up(folder, tensors))
 
 
-def read_adapter(folder: Path, base: Checkpoint) -> Adapter:
-    """Read an adapter and hold it against the checkpoint."""
+def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], base: str) -> Adapter:
+    """Read an adapter and hold it against the shapes of the tensors of `base`."""
     found = look(folder)
     tensors, updates = found.tensors, {}
     for name, (a, b) in found.pairs.items():
-        _check_target(folder, name, base)
+        _check_target(folder, name, shapes, base)
         rank, scale = _read_scale(found.config, name.removesuffix(".weight"))
-        out, columns = base.tensors[name].shape
+        out, columns = shapes[name]
         for part, expected in ((a, (rank, columns)), (b, (out, rank))):
             if tensors[part].shape != expected:
                 raise CheckpointError(
@@ -222,11 +249,13 @@ def _pair_up(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, tuple
     return {module: (parts["A"], parts["B"]) for module, parts in found.items()}
 
 
-def _check_target(folder: Path, name: str, base: Checkpoint) -> None:
-    """Refuse what the checkpoint has not, and what a build would not read."""
-    if name not in base.tensors or len(base.tensors[name].shape) != 2:
+def _check_target(
+    folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]], base: str
+) -> None:
+    """Refuse what the checkpoint has not."""
+    if len(shapes.get(name, ())) != 2:
         raise CheckpointError(
-            f"{folder / WEIGHTS}: {name}: {base.folder} has no such matrix",
+            f"{folder / WEIGHTS}: {name}: {base} has no such matrix",
             advice="give the checkpoint that the adapter was trained on",
         )
 

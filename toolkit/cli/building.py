@@ -9,6 +9,7 @@ from toolkit.cli.options import (
     OrderedGroup,
     Size,
     adapter_option,
+    apart_option,
     calibration_option,
     check_option,
     context_option,
@@ -51,19 +52,25 @@ def list_command(kind: str | None, markdown: bool, as_json: bool) -> None:
 @click.argument("recipe")
 @click.option("--for", "target", help="Target that must be able to hold and run it.")
 @click.option("--checkpoint", help="Folder or Hugging Face id; without, the model's known shape.")
+@adapter_option
+@apart_option
 @context_option
 @workers_option
 @memory_option
 @json_option
 def plan_command(
-    recipe: str, target: str | None, checkpoint: str | None, context: int | None,
-    workers: int | None, memory: int | None, as_json: bool,
+    recipe: str, target: str | None, checkpoint: str | None, adapter: Path | None,
+    adapter_apart: bool, context: int | None, workers: int | None, memory: int | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Show what would be built: every default filled in, every cost predicted."""
     from toolkit.listing import show_plan
 
     console = Console(as_json=as_json)
-    show_plan(recipe, target, checkpoint, context, workers, memory, console)
+    show_plan(
+        recipe, target, checkpoint, context, workers, memory, console, adapter=adapter,
+        adapter_apart=adapter_apart,
+    )  # fmt: skip
 
 
 @click.command("build")
@@ -74,6 +81,7 @@ def plan_command(
 )
 @click.option("--checkpoint", required=True, help="Folder, or Hugging Face id[@revision].")
 @adapter_option
+@apart_option
 @out_option
 @workers_option
 @memory_option
@@ -102,7 +110,7 @@ def plan_command(
 @json_option
 def build_command(
     recipe: str | None, build_all_of: bool, kinds: tuple[str, ...], checkpoint: str,
-    adapter: Path | None, out: Path,
+    adapter: Path | None, adapter_apart: bool, out: Path,
     workers: int | None, memory: int | None, context: int | None, check: bool,
     method: Literal["rtn", "gptq"] | None, equalize: bool | None, calibration: Path | None,
     replace: bool,
@@ -118,14 +126,14 @@ def build_command(
     from toolkit.adapt import Wanted, adapt_recipes
     from toolkit.build import build_all, raise_on_sigterm, require_all
     from toolkit.job import Options
-    from toolkit.source import list_recipes, open_source
+    from toolkit.source import choose_adapter, list_recipes, open_source
 
     if bool(recipe) == build_all_of:
         raise click.UsageError("give either a RECIPE or --all")
     if kinds and not build_all_of:
         raise click.UsageError("--format goes with --all")
     budget = _read_budget(max_size, max_kl, build_all_of)
-    wanted = Wanted(engine, method, equalize, calibration, budget)
+    wanted = Wanted(engine, method, equalize, calibration, budget, adapter_apart)
     raise_on_sigterm()
     console = Console(as_json=as_json)
     options = Options(
@@ -135,8 +143,8 @@ def build_command(
     recipes = [catalog.load_recipe(recipe)] if recipe else []
     report = Report(f"build {recipes[0].name if recipes else 'all recipes'}")
     with rendering(console, report):
-        if adapter is None and recipe and (named := recipes[0].adapter):
-            adapter = Path(named)
+        own = recipes[0] if recipes else None
+        adapter = choose_adapter(own, adapter, apart=adapter_apart)
         opened = open_source(checkpoint, console, adapter)
         recipes = recipes or list_recipes(opened, checkpoint, kinds)
         recipes = adapt_recipes(recipes, opened, wanted, console, report, context)
@@ -221,7 +229,10 @@ def check_command(
 def parity_command(
     recipe: str, checkpoint: str, work: Path | None, force_memory: bool, as_json: bool
 ) -> None:
-    """Build with both engines and compare: tensors, logits, size, time, memory."""
+    """Build with both engines and compare: tensors, logits, size, time, memory.
+
+    Of checkpoints without adapters: the vendors' converters read none.
+    """
     from toolkit import catalog
     from toolkit.build import raise_on_sigterm
     from toolkit.parity import compare

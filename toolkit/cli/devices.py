@@ -6,6 +6,7 @@ import click
 
 from toolkit.cli.options import (
     Size,
+    adapter_option,
     context_option,
     devices_option,
     expect_option,
@@ -43,6 +44,7 @@ ollama_option = click.option(
 @click.argument("checkpoint")
 @click.argument("device")
 @click.option("--recipe", help="Recipe to use, instead of the best that fits the device.")
+@adapter_option
 @prompt_option
 @expect_option
 @out_option
@@ -53,9 +55,9 @@ ollama_option = click.option(
 @devices_option
 @json_option
 def ship_command(
-    checkpoint: str, device: str, recipe: str | None, prompt: str | None, expect: str | None,
-    out: Path, context: int | None, workers: int | None, carrier: Carrier, limit_rate: int | None,
-    devices: Path | None, as_json: bool,
+    checkpoint: str, device: str, recipe: str | None, adapter: Path | None, prompt: str | None,
+    expect: str | None, out: Path, context: int | None, workers: int | None, carrier: Carrier,
+    limit_rate: int | None, devices: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Probe the device, choose a recipe, build, check, push, and ask it a question there."""
     from toolkit.build import raise_on_sigterm
@@ -71,7 +73,7 @@ def ship_command(
             checkpoint, device, console, report, out=out, recipe_name=recipe,
             options=Options(context_length=context, workers=workers),
             push=Push(smoke=read_smoke(prompt, expect), carrier=carrier, bytes_per_s=limit_rate),
-            devices_file=devices,
+            devices_file=devices, adapter=adapter,
         )  # fmt: skip
 
 

@@ -47,7 +47,11 @@ memory_option = click.option(
 )
 adapter_option = click.option(
     "--adapter", type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of a LoRA adapter (PEFT) to merge into the checkpoint.",
+    help="Folder of a LoRA adapter (PEFT): merged into the checkpoint, unless it stays apart.",
+)  # fmt: skip
+apart_option = click.option(
+    "--adapter-apart", is_flag=True,
+    help="ONNX: keep the adapter a file of its own, beside weights that are as without it.",
 )  # fmt: skip
 out_option = click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build"),

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.lora import Adapter
 from toolkit.decoder import Decoder, Special
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
@@ -112,6 +113,13 @@ class Format(Protocol):
         """
 
 
+class Apart(Protocol):
+    """What formats/<name>/apart.py offers, where artifacts can have an adapter beside them."""
+
+    def measure(self, recipe: Recipe, decoder: Decoder, adapter: Adapter) -> int:
+        """Bytes that an artifact has more with it; PlanError for matrices it cannot go beside."""
+
+
 class Exporter(Protocol):
     """What formats/<name>/vendor.py offers: the vendor's own converter, run as a program."""
 
@@ -136,11 +144,25 @@ def get(name: str) -> Format:
     return cast(Format, importlib.import_module(f"{__name__}.{name}"))
 
 
+def names_with_apart() -> list[str]:
+    """Names of the formats whose artifacts can have an adapter beside them."""
+    return _names_with("apart")
+
+
+def get_apart(name: str) -> Apart:
+    """The format's module for adapters apart."""
+    return cast(Apart, importlib.import_module(f"{__name__}.{name}.apart"))
+
+
 def names_with_vendor() -> list[str]:
     """Names of the formats whose vendor's exporter can be run."""
-    return [name for name in names() if find_spec(f"{__name__}.{name}.vendor")]
+    return _names_with("vendor")
 
 
 def get_vendor(name: str) -> Exporter:
     """The format's vendor module."""
     return cast(Exporter, importlib.import_module(f"{__name__}.{name}.vendor"))
+
+
+def _names_with(module: str) -> list[str]:
+    return [name for name in names() if find_spec(f"{__name__}.{name}.{module}")]

@@ -19,10 +19,12 @@ def describe(artifact: Path) -> dict[str, Any]:
     """Return the artifact's name, engine, limits and settings; Failure when it cannot run here."""
     manifest = read_manifest(artifact)
     engine = import_engine(manifest)
+    adapter = manifest.properties.get("adapter")
     return {
         "name": manifest.name,
         "engine": f"{engine.PACKAGE} {_find_version(engine.PACKAGE)}",
         "provider": manifest.provider,
+        **({"adapter": adapter} if adapter else {}),
         "valid_context": list(manifest.valid_context),
         "settings": dataclasses.asdict(read_settings(artifact, manifest.context_length)),
         "offered": engine.OFFERED,

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from toolkit import __version__
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.lora import find_adapter
 from toolkit.decoder import BlockSparse, Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
 from toolkit.formats.onnx import (
+    apart,
     genai,
     graph,
     layout,
@@ -131,7 +133,14 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
     """What onnxruntime-genai takes to run it."""
     recipe = cast(OnnxRecipe, recipe)
     is_cuda = recipe.provider == "cuda"
-    notes = []
+    notes, properties = [], {}
+    if recipe.adapter_apart:
+        properties = {"adapter": apart.FILE}
+        notes.append(
+            f"it is its source with {apart.FILE} active, which the runner sees to; other programs "
+            "have to load it (docs/lora.md), and have the checkpoint without the adapter otherwise"
+        )
+        notes += ["its adapter was never run on CUDA, only on CPUs"] if is_cuda else []
     if layout.rope_rows(decoder.rope, context_length)[1]:
         who = "the runner, not onnxruntime-genai," if decoder.vision else "onnxruntime-genai"
         notes.append(
@@ -153,6 +162,7 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         overhead_bytes=OVERHEAD_BYTES[recipe.provider] + vision.count_memory(recipe, decoder),
         valid_context=(1, context_length),
         notes=tuple(notes),
+        properties=properties,
         companions=("pillow",) if decoder.vision else (),
     )
 
@@ -174,7 +184,11 @@ def write_rest(
     """Write model.onnx, genai_config.json and the tokenizer's files, verbatim."""
     recipe = cast(OnnxRecipe, recipe)
     placed, producer = _lay_out(recipe, decoder, context_length), f"phiship {__version__}"
-    _write_model(folder / "model.onnx", graph.make_model(placed, producer))
+    adapter = find_adapter(checkpoint) if recipe.adapter_apart else None
+    if adapter:
+        apart.write(folder / apart.FILE, recipe, adapter)
+    adapted = adapter.updates if adapter else ()
+    _write_model(folder / "model.onnx", graph.make_model(placed, producer, adapted))
     config = genai.make_config(recipe, decoder, checkpoint, context_length)
     if decoder.vision:
         eyes = decoder.vision
@@ -200,6 +214,6 @@ def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np
     return reader.dequantize(folder, decoder)
 
 
-def open_session(folder: Path) -> OnnxSession:
-    """Open the artifact in onnxruntime-genai, on the CPU provider."""
-    return OnnxSession(folder)
+def open_session(folder: Path, adapter: str = "") -> OnnxSession:
+    """Open the artifact in onnxruntime-genai, on the CPU provider, with its adapter active."""
+    return OnnxSession(folder, adapter)

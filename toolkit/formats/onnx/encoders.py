@@ -80,7 +80,7 @@ class Plain:
         """Convert rows and write them in place."""
         if self.factor != 1:
             raw = to_float32(raw) * np.float32(self.factor)
-        write_rows(descriptor, _convert(raw, self.dtype), row, offsets[0])
+        write_rows(descriptor, convert(raw, self.dtype), row, offsets[0])
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Picked:
 
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
         """Convert them and write them in place."""
-        values = np.ascontiguousarray(_convert(raw, self.dtype)[:, self.span])
+        values = np.ascontiguousarray(convert(raw, self.dtype)[:, self.span])
         write_rows(descriptor, values, row, offsets[0])
 
 
@@ -105,14 +105,15 @@ class Transposed:
 
     def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
         """Write each input's run of outputs: one short write for each column of `raw`."""
-        columns = np.ascontiguousarray(_convert(raw, self.dtype).T)
+        columns = np.ascontiguousarray(convert(raw, self.dtype).T)
         item_bytes = ITEM_BYTES[self.dtype]
         for index, column in enumerate(columns):
             offset = offsets[0] + (index * self.out + row) * item_bytes
             fileio.write_at(descriptor, fileio.as_bytes(column), offset)
 
 
-def _convert(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
+def convert(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Rows in another float type; ValueError for what it cannot hold."""
     if dtype == "bfloat16":
         if raw.dtype != np.uint16:
             raise ValueError(

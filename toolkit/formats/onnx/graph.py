@@ -4,20 +4,24 @@ Source: the operators' contracts in onnxruntime/docs/ContribOperators.md, and th
 onnxruntime_genai.models.builder writes.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from toolkit.decoder import QUICK_GELU, Experts
-from toolkit.formats.onnx import routing, sparse
+from toolkit.formats.onnx import apart, routing, sparse
 from toolkit.formats.onnx.layout import EMBEDDING, Layout, rope_rows
 from toolkit.formats.onnx.nodes import MICROSOFT, Graph, make_proto
 
 EMBEDDED = "inputs_embeds"  # instead of ids, where another graph puts pictures among the tokens
 
 
-def make_model(layout: Layout, producer: str) -> Any:
-    """Build the ModelProto: offsets into the data file, no weights."""
-    graph = Graph.start(layout)
+def make_model(layout: Layout, producer: str, adapted: Collection[str] = ()) -> Any:
+    """Build the ModelProto: offsets into the data file, no weights.
+
+    Matrices of these names get a branch for an adapter that stays apart.
+    """
+    graph = Graph.start(layout, adapted)
     _add_decoder(graph)
     return make_proto(graph, graph.decoder.family, _inputs(graph), _outputs(graph), producer)
 
@@ -135,10 +139,20 @@ def _add_norm(graph: Graph, name: str, residual: str, branch: str) -> tuple[str,
 
 
 def _add_linear(graph: Graph, name: str, value: str, output: str = "") -> str:
+    """The product with a matrix, its bias, and what an adapter apart adds to it."""
+    node = f"/{name.replace('.', '/')}"
+    output = output or f"{node}/output"
+    parts = graph.layout.linears.get(name, ())
+    if not parts or parts[0].tensor not in graph.adapted:
+        return _add_product(graph, name, value, output)
+    product = _add_product(graph, name, value, f"{node}/base")
+    return apart.add_branch(graph, parts[0], value, product, output)
+
+
+def _add_product(graph: Graph, name: str, value: str, output: str) -> str:
     """The product with a matrix, in the bits in which the layout stores it, and its bias."""
     recipe, stored = graph.layout.recipe, graph.layout.stored
     node = f"/{name.replace('.', '/')}"
-    output = output or f"{node}/output"
     bits = next((n for n in (4, 8) if f"{name}.weight_Q{n}" in stored), 0)
     bias = f"{name}.bias" if f"{name}.bias" in stored else ""
     if not bits:

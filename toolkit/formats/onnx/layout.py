@@ -41,7 +41,7 @@ class Stored:
 
 @dataclass
 class Layout:
-    """Initializers in the order they lie, and how each is filled."""
+    """Initializers in the order they lie, and how each is filled; `linears` are for products."""
 
     recipe: OnnxRecipe
     decoder: Decoder
@@ -51,6 +51,7 @@ class Layout:
     stored: dict[str, Stored] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
+    linears: dict[str, Parts] = field(default_factory=dict)
 
     def data_file(self) -> DataFile:
         """The data file this layout describes."""
@@ -85,6 +86,7 @@ class Layout:
 
         Blocks for MatMulNBits, or transposed where the schemes leave a float type.
         """
+        self.linears[name] = parts
         rows = sum(part.count for part in parts)
         columns = self.decoder.shapes()[parts[0].tensor][-1]
         if bits := self.schemes.bits_of(parts[0].tensor):

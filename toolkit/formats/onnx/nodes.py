@@ -1,6 +1,6 @@
 """Nodes and initializers of a graph, and the ModelProto that they become."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,18 +23,25 @@ ONNX_NAMES = {
 
 @dataclass
 class Graph:
-    """Nodes in order; each helper adds one and returns the name of its first output."""
+    """Nodes in order; each helper adds one and returns the name of its first output.
+
+    Matrices that are `adapted` have a branch beside them (apart.py): `updates` are what these add,
+    `optional` their inputs, each with its default.
+    """
 
     onnx: Any
     layout: Layout
+    adapted: Collection[str] = ()
     nodes: list[Any] = field(default_factory=list)
     constants: dict[tuple[int, ...], str] = field(default_factory=dict)
     numbers: dict[tuple[float, str], str] = field(default_factory=dict)
+    updates: dict[str, str] = field(default_factory=dict)
+    optional: list[tuple[Any, Any]] = field(default_factory=list)
 
     @classmethod
-    def start(cls, layout: Layout) -> "Graph":
+    def start(cls, layout: Layout, adapted: Collection[str] = ()) -> "Graph":
         """An empty graph over a layout's tensors."""
-        return cls(require("onnx"), layout)
+        return cls(require("onnx"), layout, adapted)
 
     @property
     def decoder(self) -> Decoder:
@@ -85,7 +92,7 @@ class Graph:
         """A scalar of the activations' type."""
         return self.number(value, self.layout.recipe.io_dtype)
 
-    def info(self, name: str, dtype: str, shape: Sequence[int | str]) -> Any:
+    def info(self, name: str, dtype: str, shape: Sequence[int | str | None]) -> Any:
         """An input or output of the graph."""
         return self.onnx.helper.make_tensor_value_info(name, self.elem(dtype), shape)
 
@@ -98,6 +105,8 @@ def make_proto(
     taken = {name for node in graph.nodes for name in node.input}
     stored = [one for one in layout.stored.values() if one.name in taken]
     initializers = [_initializer(onnx, one) for one in stored]
+    for optional, default in graph.optional:
+        inputs, initializers = [*inputs, optional], [*initializers, default]
     proto = onnx.helper.make_graph(graph.nodes, name, inputs, outputs, initializers)
     opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(MICROSOFT, 1)]
     return onnx.helper.make_model(

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from toolkit.decoder import Decoder, Parts, Rows
 from toolkit.errors import require
+from toolkit.formats.onnx import apart
 
 Tensors = Iterator[tuple[str, NDArray[np.float32]]]
 GRAPHS = ("model.onnx", "embedding.onnx")  # the second where a model sees
@@ -56,6 +57,7 @@ class _Weights:
     def __init__(self, folder: Path, rename: Callable[[str], str]) -> None:
         self._onnx = require("onnx")
         self._folder = folder
+        self._adapter = apart.read(folder)
         graphs = [self._load(name) for name in GRAPHS if (folder / name).is_file()]
         self._tensors = {one.name: one for graph in graphs for one in graph.initializer}
         self._tensors |= {rename(name): tensor for name, tensor in self._tensors.items()}
@@ -91,10 +93,16 @@ class _Weights:
             yield bias, self.plain(f"{name}.bias") / factor
 
     def linears(self, nodes: Sequence[tuple[str, Parts]], decoder: Decoder) -> Tensors:
-        """The checkpoint's matrices, and their biases, that these nodes have rows of."""
+        """The checkpoint's matrices, and their biases, that these nodes have rows of.
+
+        With what an adapter apart adds to them.
+        """
         parts = [part for _, some in nodes for part in some]
         rows = [self.linear(name) for name, _ in nodes]
-        yield from _take_apart(parts, np.concatenate(rows) if len(rows) > 1 else rows[0])
+        whole = np.concatenate(rows) if len(rows) > 1 else rows[0]
+        for name, weights in _take_apart(parts, whole):
+            update = apart.multiply(self._adapter, name)
+            yield name, weights if update is None else weights + update
         if decoder.bias_of(parts[0].tensor):
             bias = np.concatenate([self.plain(f"{name}.bias") for name, _ in nodes])
             for name, values in _take_apart(parts, bias):

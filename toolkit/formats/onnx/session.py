@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.errors import require
-from toolkit.runner.engines.onnxruntime_genai import make_inputs
+from toolkit.runner.engines.onnxruntime_genai import load_adapter, make_generator, make_inputs
 from toolkit.runner.images import Pixels
 
 
@@ -19,18 +19,24 @@ class OnnxSession:
     The weights are loaded when the first logits are asked for; token ids need the tokenizer only.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: str = "") -> None:
+        """`adapter` is the file of one that is to be active."""
         self._genai = require("onnxruntime_genai")
         self._config = self._genai.Config(str(folder))
         self._config.clear_providers()
         self._tokenizer = self._genai.Tokenizer(self._config)
         settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        self._adapter = folder / adapter if adapter else None
         self._stops = set(settings["model"]["eos_token_id"])
         self.runtime = f"onnxruntime-genai {self._genai.__version__}, cpu"
 
     @cached_property
     def _model(self) -> Any:
         return self._genai.Model(self._config)
+
+    @cached_property
+    def _adapters(self) -> Any:
+        return load_adapter(self._genai, self._model, self._adapter) if self._adapter else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens parsed, nothing added."""
@@ -66,10 +72,11 @@ class OnnxSession:
 
     def close(self) -> None:
         """Free the model."""
+        self.__dict__.pop("_adapters", None)
         self.__dict__.pop("_model", None)
         del self._tokenizer
 
     def _generator(self, max_length: int) -> Any:
         params = self._genai.GeneratorParams(self._model)
         params.set_search_options(max_length=max_length, do_sample=False)
-        return self._genai.Generator(self._model, params)
+        return make_generator(self._genai, self._model, params, self._adapters)

@@ -33,6 +33,7 @@ SWITCHES = {"phi3": 4096, "phi3v": 4096, "phimoe": 4096, "phi3small": 8192}
 # Types whose generators cannot be rewound, and so are not kept. Ids of pictures say nothing of what
 # they show: one that could would have to be asked for its pictures too.
 ONE_WAY = {"phi3v"}
+ADAPTER = "adapter"  # what the one that an artifact comes with is called in the engine
 
 
 @dataclass
@@ -48,7 +49,9 @@ class _Kept:
 class Model:
     """A loaded ONNX folder."""
 
-    def __init__(self, genai: Any, folder: Path, provider: str, settings: Settings) -> None:
+    def __init__(
+        self, genai: Any, folder: Path, provider: str, settings: Settings, adapter: str
+    ) -> None:
         self._genai = genai
         self._settings = settings
         self.version = str(genai.__version__)
@@ -61,6 +64,7 @@ class Model:
             self._rewinds = read_type(config) not in ONE_WAY
             self._model = genai.Model(_configure(genai, folder, provider, settings))
             self._tokenizer = genai.Tokenizer(self._model)
+            self._adapters = load_adapter(genai, self._model, folder / adapter) if adapter else None
         except (RuntimeError, OSError, ValueError, KeyError) as error:
             raise Failure("model", f"{folder}: onnxruntime-genai cannot load it: {error}") from None
         _check_provider(str(self._model.device_type), provider)
@@ -100,7 +104,7 @@ class Model:
     def close(self) -> None:
         """Let the runtime free its memory."""
         self._kept = None
-        del self._tokenizer, self._model
+        del self._adapters, self._tokenizer, self._model
 
     def _begin(self, prompt_ids: list[int], new_tokens: int, pixels: Pixels | None) -> _Kept:
         """Return a generator that has seen the prompt: the kept one when it has room."""
@@ -135,7 +139,8 @@ class Model:
     def _make(self, capacity: int) -> _Kept:
         params = self._genai.GeneratorParams(self._model)
         params.set_search_options(max_length=capacity, do_sample=False, num_beams=1)
-        return _Kept(self._genai.Generator(self._model, params), capacity, [])
+        generator = make_generator(self._genai, self._model, params, self._adapters)
+        return _Kept(generator, capacity, [])
 
     def _append(self, kept: _Kept, prompt_ids: Sequence[int], start: int) -> None:
         """Compute the prompt from `start`, `batch_tokens` at once.
@@ -177,12 +182,38 @@ class Model:
         return int(generator.get_next_tokens()[0])
 
 
-def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Model:
-    """Load the folder of `main_file`; Failure when the provider is not active."""
+def load(
+    folder: Path, main_file: str, provider: str, settings: Settings, adapter: str = ""
+) -> Model:
+    """Load the folder of `main_file`; Failure when the provider is not active.
+
+    `adapter` is the name of a file beside it that is active in all that the model says.
+    """
     check_offered(PACKAGE, settings, OFFERED)
     import onnxruntime_genai as genai  # type: ignore[import-not-found,unused-ignore]
 
-    return Model(genai, (folder / main_file).parent, provider, settings)
+    return Model(genai, (folder / main_file).parent, provider, settings, adapter)
+
+
+def load_adapter(genai: Any, model: Any, path: Path) -> Any:
+    """Return a collection with the adapter of a file in it; ValueError when it is damaged."""
+    if not path.is_file():
+        raise ValueError(f"its adapter {path.name} is missing")
+    adapters = genai.Adapters(model)
+    try:
+        adapters.load(str(path), ADAPTER)
+    except RuntimeError as error:
+        reason = str(error).strip().rpartition(") ")[2]  # behind the place in its source
+        raise ValueError(f"its adapter {path.name} is damaged: {reason}") from None
+    return adapters
+
+
+def make_generator(genai: Any, model: Any, params: Any, adapters: Any) -> Any:
+    """Return a generator, with the adapter active where there is a collection with one."""
+    generator = genai.Generator(model, params)
+    if adapters is not None:
+        generator.set_active_adapter(adapters, ADAPTER)
+    return generator
 
 
 def make_inputs(genai: Any, ids: Sequence[int], pixels: Pixels) -> Any:
