@@ -40,7 +40,7 @@ def open_source(reference: str, console: Console, adapter: Path | None = None) -
 def _check_used(merged: MergedCheckpoint, adapter: Path) -> None:
     """UnsupportedError for an update of what no build reads, as the head of a tied model."""
     decoder = read_decoder(merged.config)
-    read = {*decoder.shapes(), *(decoder.vision.shapes() if decoder.vision else ())}
+    read = set(decoder.all_shapes())
     if unused := sorted(set(merged.adapter.updates) - read):
         raise UnsupportedError(
             f"{adapter}: {unused[0]}: the model does not use this tensor of {merged.folder}"
