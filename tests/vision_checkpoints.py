@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ROOT = "model.vision_embed_tokens."
 CLIP = ROOT + "img_processor.vision_model."
 WIDTH, LAYERS, HEADS, INNER = 64, 3, 2, 128
+CLIP_L = {"width": 1024, "heads": 16, "inner": 4096}  # but for its layers
 ORIGINAL_CONTEXT, CONTEXT = 4096, 8192
 PREPROCESSOR: dict[str, Any] = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -43,21 +44,26 @@ PREPROCESSOR: dict[str, Any] = {
 
 
 def write_vision_checkpoint(
-    folder: Path, *, dtype: Dtype = "bf16", crops: int = 16, seed: int = 0, width: int = WIDTH
-) -> Path:
+    folder: Path, *, dtype: Dtype = "bf16", crops: int = 16, seed: int = 0, width: int = WIDTH,
+    heads: int = HEADS, inner: int = INNER,
+) -> Path:  # fmt: skip
     """Write the checkpoint into `folder` and return `folder`."""
     write_random_checkpoint(folder, "mha", dtype=dtype)
-    config = vision_config(dtype, width)
+    config = vision_config(dtype, width, heads, inner)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     preprocessor = {**PREPROCESSOR, "num_crops": crops}
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(preprocessor, indent=2), encoding="utf-8")
-    weights = random_weights(config, seed) | tower_weights(config["hidden_size"], seed, width)
+    weights = random_weights(config, seed) | tower_weights(
+        config["hidden_size"], seed, width, inner
+    )
     write_safetensors(folder / "model.safetensors", weights, dtype)
     return folder
 
 
-def vision_config(dtype: Dtype = "bf16", width: int = WIDTH) -> dict[str, Any]:
+def vision_config(
+    dtype: Dtype = "bf16", width: int = WIDTH, heads: int = HEADS, inner: int = INNER
+) -> dict[str, Any]:
     """Return config.json; the keys are those of Phi-3-vision-128k, and the small tower's."""
     pairs = 32
     return {
@@ -77,8 +83,8 @@ def vision_config(dtype: Dtype = "bf16", width: int = WIDTH) -> dict[str, Any]:
             "name": "clip_vision_model",
             "num_img_tokens": 144,
             "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "intermediate_size": INNER,
+            "num_attention_heads": heads,
+            "intermediate_size": inner,
         },
         "max_position_embeddings": CONTEXT,
         "original_max_position_embeddings": ORIGINAL_CONTEXT,
@@ -91,7 +97,7 @@ def vision_config(dtype: Dtype = "bf16", width: int = WIDTH) -> dict[str, Any]:
     }
 
 
-def tower_weights(hidden: int, seed: int = 0, width: int = WIDTH) -> Weights:
+def tower_weights(hidden: int, seed: int = 0, width: int = WIDTH, inner: int = INNER) -> Weights:
     """Return the tower, the separators and the projector as float32."""
     rng = np.random.default_rng(seed + 1)
     weights: Weights = {}
@@ -119,8 +125,8 @@ def tower_weights(hidden: int, seed: int = 0, width: int = WIDTH) -> Weights:
         for part in ("q", "k", "v"):
             linear(f"{prefix}self_attn.{part}_proj", width, width, gain=1.5)
         linear(f"{prefix}self_attn.out_proj", width, width)
-        linear(f"{prefix}mlp.fc1", INNER, width, gain=1.5)
-        linear(f"{prefix}mlp.fc2", width, INNER)
+        linear(f"{prefix}mlp.fc1", inner, width, gain=1.5)
+        linear(f"{prefix}mlp.fc2", width, inner)
     norm(f"{CLIP}post_layernorm")
     noise(f"{ROOT}sub_GN", 1, 1, 1, 4 * width, std=1.0)
     noise(f"{ROOT}glb_GN", 1, 1, 4 * width, std=1.0)

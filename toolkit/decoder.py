@@ -238,6 +238,10 @@ class Decoder:
             shapes |= self._stored("head", hidden, Rows(names.head, 0, self.vocab))
         return shapes
 
+    def all_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor of the checkpoint: those of `shapes`, then those of `vision`."""
+        return {**self._shapes, **(self.vision.shapes() if self.vision else {})}
+
     def _layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         names, hidden = self.names, self.hidden
         out = Rows(names.attention_out.format(layer), 0, hidden)

@@ -18,7 +18,7 @@ from toolkit.errors import SettingsError
 from toolkit.families import read_decoder
 from toolkit.plan import Plan, check_fit, make_plan, measure_tokenizer
 from toolkit.recipe import Recipe
-from toolkit.source import choose_adapter, list_shapes, open_source
+from toolkit.source import choose_adapter, open_source
 from toolkit.target import Target
 from toolkit.vendor.environment import Found, cache_folder, look, setup
 
@@ -75,7 +75,7 @@ def show_plan(
     decoder = _decoder(recipe, opened)
     found = find_adapter(opened) if opened else None
     if adapter and not opened:
-        found = read_adapter(adapter, list_shapes(decoder), recipe.model)
+        found = read_adapter(adapter, decoder.all_shapes(), recipe.model)
     plan = make_plan(
         recipe,
         decoder,

@@ -59,17 +59,12 @@ def choose_adapter(recipe: Recipe | None, given: Path | None, *, apart: bool) ->
 def _check_used(merged: MergedCheckpoint, adapter: Path) -> None:
     """UnsupportedError for an update of what no build reads, as the head of a tied model."""
     decoder = read_decoder(merged.config)
-    if unused := sorted(set(merged.adapter.updates) - set(list_shapes(decoder))):
+    if unused := sorted(set(merged.adapter.updates) - set(decoder.all_shapes())):
         raise UnsupportedError(
             f"{adapter}: {unused[0]}: the model does not use this tensor of {merged.folder}"
             + (", its head is its embedding" if decoder.is_tied else ""),
             advice="train the adapter without it",
         )
-
-
-def list_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a build reads."""
-    return {**decoder.shapes(), **(decoder.vision.shapes() if decoder.vision else {})}
 
 
 def list_recipes(checkpoint: Checkpoint, reference: str, kinds: Collection[str]) -> list[Recipe]:

@@ -101,6 +101,10 @@ class VisionEncoder:
         queries, keys, values, out = (pattern.format(layer) for pattern in patterns)
         return queries, keys, values, out
 
+    def is_matrix(self, name: str) -> bool:
+        """Whether a tensor is what rows are multiplied with; positions are looked up."""
+        return len(self.shapes()[name]) == 2 and name != self.names.positions
+
     def list_used(self) -> list[str]:
         """Names of the tensors that a picture's features depend on, in order of use."""
         last = self.names.last_norm

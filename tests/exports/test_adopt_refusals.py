@@ -1,5 +1,6 @@
 """What cannot be adopted: errors name the file, the key, what was found and what is allowed."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import pytest
 
 from tests.exports.elsewhere import Change, cut, drop, put, rewrite_gguf, strip, take, write_genie
+from tests.vision_checkpoints import vision_config
 from toolkit.errors import ArtifactError, SettingsError, UnsupportedError
 
 GENAI, CONFIG = "genai_config.json", "config.json"
+SEES = json.dumps(vision_config())
 BAD: list[tuple[str, Change, str]] = [
     ("onnx", drop("model.onnx.data"), r"model\.onnx\.data: is missing; .*model\.onnx: .*names it"),
     ("onnx", cut("model.onnx.data"), r"model\.onnx\.data: found \d+ bytes; model\.onnx reads \d+"),
@@ -41,6 +44,7 @@ BAD: list[tuple[str, Change, str]] = [
     ("mlx", drop(CONFIG), r"config\.json: is missing; mlx-lm reads it"),
     ("mlx", put(CONFIG, "num_hidden_layers", value=5), r"model\.layers\.4\..* is missing among"),
     ("mlx", put(CONFIG, "architectures", value=["LlamaForCausalLM"]), "got 'LlamaForCausalLM'"),
+    ("mlx", lambda folder: (folder / CONFIG).write_text(SEES), r"config\.json: .* of text alone"),
     ("openvino", drop("openvino_tokenizer.xml"), r"openvino_tokenizer\.xml: is missing"),
     ("openvino", cut("openvino_model.bin"), r"openvino_model\.bin: found \d+ bytes; .*reads \d+"),
     ("openvino", cut("openvino_model.xml"), r"openvino_model\.xml: not a network of OpenVINO"),

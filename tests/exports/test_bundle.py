@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from tests.deploy.sealed import seal_noise
 from tests.exports.elsewhere import strip, write_genie
 from toolkit.adopt import Wish, adopt
-from toolkit.artifact import hash_file, read_manifest, write_manifest
+from toolkit.artifact import Vision, hash_file, read_manifest, write_manifest
 from toolkit.bundle import MEMORY, PLATFORMS, bundle, choose_platform, list_memory
 from toolkit.cli.exporting import PLATFORMS as OFFERED
 from toolkit.cli.exporting import adopt_command, bundle_command
@@ -118,6 +118,14 @@ def test_a_cuda_artifact_is_for_no_app(tmp_path: Path) -> None:
     runtime = msgspec.structs.replace(manifest.runtime, provider="cuda")
     with pytest.raises(UnsupportedError, match="it is onnx/cuda"):
         choose_platform(msgspec.structs.replace(manifest, runtime=runtime), None)
+
+
+def test_an_mlx_artifact_that_sees_is_for_no_app(tmp_path: Path) -> None:
+    manifest = read_manifest(seal_noise(tmp_path / "noise"))
+    vision = Vision(image_size=336, side=12, crops=16, mean=(0, 0, 0), std=(1, 1, 1))
+    sees = msgspec.structs.replace(manifest, format="mlx", vision=vision)
+    with pytest.raises(UnsupportedError, match="it reads pictures; what an app loads MLX with"):
+        choose_platform(sees, None)
 
 
 def test_nothing_half_written_is_left(artifacts: dict[str, Path], tmp_path: Path) -> None:

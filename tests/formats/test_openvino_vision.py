@@ -7,28 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.formats.seeing import Source, ask
 from tests.formats.writing import write_artifact
 from tests.vision_checkpoints import draw, write_vision_checkpoint
 from toolkit.checkpoint import Checkpoint
-from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
-from toolkit.families import read_decoder
 from toolkit.formats import openvino as format_
 from toolkit.formats.openvino.recipe import OpenvinoQuantization, OpenvinoRecipe
 from toolkit.formats.openvino.session import EXACT, SeeingSession
 from toolkit.plan import make_plan
-from toolkit.progress import ignore
-from toolkit.quality import picture
-from toolkit.quality.reference import CheckpointWeights, states_of_embedded
-from toolkit.quality.vision import make_features, run_tower
+from toolkit.quality.vision import run_tower
 from toolkit.runner.engines import openvino_genai as engine
 from toolkit.runner.images import Pixels, prepare
 from toolkit.runner.manifest import Vision
 from toolkit.runner.settings import Settings
 from toolkit.runner.sight import LANGUAGE, PROJECTOR, Sight
 
-# With 6 crops at most: 2 rows of 3, and 3 of 2, which an exchange of height and width would show.
-LYING, STANDING, CROPS = draw(640, 300, 1), draw(300, 500, 2), 6
+LYING, STANDING = draw(640, 300, 1), draw(300, 500, 2)
 
 
 def make_recipe(*, provider: Any = "cpu", **changes: Any) -> OpenvinoRecipe:
@@ -37,26 +32,6 @@ def make_recipe(*, provider: Any = "cpu", **changes: Any) -> OpenvinoRecipe:
         name="sees", model="x", title="x", context_length=4096, provider=provider,
         quantization=OpenvinoQuantization(**settings),
     )  # fmt: skip
-
-
-class Source:
-    """A checkpoint that sees; its bf16 weights fit float16 but for the least of them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.checkpoint = Checkpoint.open(write_vision_checkpoint(folder))
-        self.decoder: Decoder = read_decoder(self.checkpoint.config)
-        self.weights = CheckpointWeights(self.checkpoint, ignore)
-        how = self.checkpoint.preprocessing
-        self.vision = Vision(336, 12, CROPS, how.mean, how.std)
-
-    def features(self, pixels: Pixels) -> Any:
-        assert self.decoder.vision
-        return make_features(self.weights, self.decoder.vision, pixels.values, pixels.sizes)
-
-    def logits(self, ids: list[int], pixels: Pixels) -> Any:
-        hidden = picture.embed(self.weights, self.decoder, ids, pixels)
-        states = states_of_embedded(self.weights, self.decoder, hidden[None])[0]
-        return self.weights.project(self.decoder.head_name, states)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +65,7 @@ def test_features_and_embeddings_are_the_sources(source: Source, written: Path) 
 
 def test_logits_are_the_sources(source: Source, written: Path) -> None:
     pixels = prepare([LYING, STANDING], replace(source.vision, crops=2))
-    ids = [1, 300]
-    for number, count in enumerate(pixels.counts, start=1):
-        ids += [-number] * count + [1, 310 + number]
+    ids = ask(pixels)
     session = format_.open_session(written)
     assert isinstance(session, SeeingSession)
     found = session.picture_logits(ids, pixels)
@@ -137,10 +110,7 @@ def test_an_answer_is_the_sources(source: Source, written: Path) -> None:
     assert isinstance(model, engine.SeeingModel)
     found = [token for token, _ in model.generate(ids, 3, pixels=pixels)]
     model.close()
-    expected: list[int] = []
-    for _ in range(len(found)):
-        expected.append(int(source.logits(ids + expected, pixels)[-1].argmax()))
-    assert found == expected
+    assert found == source.answer(ids, pixels, len(found))
 
 
 def test_an_answer_across_longropes_switch_is_the_sources(source: Source, tmp_path: Path) -> None:

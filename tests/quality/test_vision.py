@@ -150,14 +150,13 @@ def test_counts_of_pictures_have_to_fit() -> None:
         place_features(np.zeros((4, 8), np.float32), [1, -1, -1, 2], np.zeros((3, 8), np.float32))
 
 
-@pytest.mark.parametrize("name", ["gguf", "mlx"])
-def test_formats_that_cannot_see_refuse_at_planning(name: str, folder: Path) -> None:
+def test_a_format_that_cannot_see_refuses_at_planning(folder: Path) -> None:
     recipe = next(
         one
         for one in map(catalog.load_recipe, catalog.names("recipes"))
-        if one.format == name and one.engine == "native"
+        if one.format == "gguf" and one.engine == "native"
     )
-    said = rf"{name} cannot hold this model \(phi3_v\), for its pictures \(.*\); onnx.* can"
+    said = r"gguf cannot hold this model \(phi3_v\), for its pictures \(.*\); .*onnx.* can"
     with pytest.raises(PlanError, match=said):
         make_plan(recipe, read_decoder(Checkpoint.open(folder).config))
 

@@ -17,7 +17,7 @@ from toolkit.adopt.found import (
 from toolkit.checkpoint.config import Config
 from toolkit.checkpoint.safetensors import INDEX, SINGLE, read_weight_map
 from toolkit.decoder import Decoder
-from toolkit.errors import ArtifactError
+from toolkit.errors import ArtifactError, UnsupportedError
 from toolkit.families import read_decoder
 from toolkit.formats.mlx import OVERHEAD_BYTES
 
@@ -30,6 +30,8 @@ def inspect(given: Given) -> Found:
     """Read and check the folder; ArtifactError names file, key, found and allowed."""
     config = read_config_file(require_file(given.path / CONFIG, "mlx-lm reads it"))
     decoder = read_decoder(config)
+    if decoder.vision:
+        raise UnsupportedError(f"{config.where}: supported are models of text alone")
     shards, dtypes = _read_weights(given.path)
     norm = _check_tensors(given.path, dtypes, decoder)
     configs = {n: given.path / n for n in (*CONFIGS, INDEX) if (given.path / n).is_file()}

@@ -209,9 +209,8 @@ class Checkpoint:
                 f"{where}: config.json says {decoder.layers} layers; "
                 f"found only {len(self.tensors)} tensors"
             )
-        shapes = dict(decoder.shapes())
+        shapes = decoder.all_shapes()
         if decoder.vision:
-            shapes |= decoder.vision.shapes()
             self.preprocessing  # noqa: B018 - without it no picture can be read
         for name, shape in shapes.items():
             if name not in self.tensors:

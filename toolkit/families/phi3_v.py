@@ -29,6 +29,12 @@ VERIFIED = {
         "not run here",
         "tests/formats/test_openvino_vision.py",
     ),
+    "mlx": Evidence(
+        "features and logits of one and of several pictures are those of a NumPy reference, whose "
+        "tower is transformers' CLIP; mlx-vlm loads it, and has the same logits but for where it "
+        "puts crops; Metal and the published code were not run here",
+        "tests/formats/test_mlx_vision.py",
+    ),
 }
 ROOT = "model.vision_embed_tokens"
 CLIP = f"{ROOT}.img_processor.vision_model"

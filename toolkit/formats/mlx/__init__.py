@@ -1,6 +1,7 @@
 """MLX for mlx-lm: 2 to 8 bits, mixed precision by layer, or bf16, fp16, fp32; on Macs and Linux."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -9,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.preprocessor import PREPROCESSOR_FILE
 from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.mlx import config, layout, modules, reader, schemes
+from toolkit.formats.mlx import config, layout, modules, reader, schemes, vision
 from toolkit.formats.mlx.encoders import STORED
 from toolkit.formats.mlx.recipe import MlxRecipe
 from toolkit.formats.mlx.session import MlxSession
@@ -21,11 +23,12 @@ from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
 RECIPE = MlxRecipe
-CONFIG_BYTES = 150_000  # of 40 layers, rounded up
-HOLDS: frozenset[Special] = frozenset(("layer norms", "biases", "split projections", "experts"))
+CONFIG_BYTES = 200_000  # of 40 layers, or of 32 and a tower, rounded up
+HOLDS: frozenset[Special] = frozenset(
+    ("layer norms", "biases", "split projections", "experts", "pictures")
+)
 REASONS: Mapping[Special, str] = {
     "block-sparse attention": "mlx-lm's phi3small computes another model than the published one",
-    "pictures": "pictures are not written for mlx-vlm yet",
 }
 PACKAGES = ("mlx", "mlx-lm")
 # Resident beside weights and cache: 90 MB with the example; 0.6 GB in the gate with the shape of
@@ -41,8 +44,9 @@ def check_shape(recipe: Recipe, decoder: Decoder) -> None:
             f"{recipe.name}: mlx-lm's phi3 needs heads x head_dim = hidden_size; this model has "
             f"{decoder.heads} x {decoder.head_dim} and {decoder.hidden}"
         )
-    if decoder.specials:
+    if set(decoder.specials) - {"pictures"}:
         _check_experts(recipe, decoder)
+    vision.check_vision(recipe, decoder)
     config.check_rope(recipe, decoder)
     schemes.check_schemes(recipe, decoder)
 
@@ -89,6 +93,8 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
             "checked with mlx-lm 0.32.2; older ones, which make the weights of a token's experts "
             "sum to 1, give other answers"
         )
+    if decoder.vision:
+        notes += vision.describe_tower(decoder.vision)
     item_bytes = STORED[recipe.quantization.dtype].itemsize
     return RuntimeNeeds(
         engine="mlx_lm",
@@ -96,10 +102,11 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         package="mlx-lm",
         main_file=layout.DATA_FILE,
         kv_bytes_per_token=decoder.kv_bytes_per_token(item_bytes),
-        overhead_bytes=OVERHEAD_BYTES,
+        overhead_bytes=OVERHEAD_BYTES + (vision.PICTURE_BYTES if decoder.vision else 0),
         valid_context=valid,
         notes=tuple(notes),
         always_long_rope=recipe.rope_factors == "long",
+        companions=("pillow",) if decoder.vision else (),
     )
 
 
@@ -124,6 +131,8 @@ def write_rest(
     _write_json(folder / "config.json", config.make_config(recipe, decoder, checkpoint))
     _write_json(folder / "generation_config.json", config.make_generation(checkpoint))
     checkpoint.write_tokenizer(folder)
+    if decoder.vision:
+        shutil.copyfile(checkpoint.folder / PREPROCESSOR_FILE, folder / PREPROCESSOR_FILE)
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

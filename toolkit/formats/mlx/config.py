@@ -36,6 +36,8 @@ def make_config(recipe: MlxRecipe, decoder: Decoder, checkpoint: Checkpoint) -> 
     if decoder.experts:  # whose defaults in mlx-lm are others than the source's
         jitter = decoder.experts.jitter
         config |= {"rms_norm_eps": decoder.norm_epsilon, "router_jitter_noise": jitter}
+    if decoder.vision:
+        config["vision_config"] = {}  # mlx-vlm looks it up; its tower has one size
     if quantization := describe_quantization(recipe, decoder):
         # mlx-lm reads the first; the second is what Hugging Face's pages show.
         config |= {"quantization": quantization, "quantization_config": quantization}
@@ -110,7 +112,9 @@ def _spell_rope(recipe: MlxRecipe, decoder: Decoder, source: Mapping[str, Any]) 
         short = list(rope.short_factors)
         spelled["original_max_position_embeddings"] = rope.original_context
         spelled["rope_scaling"] = {
-            "type": "longrope",
+            # The same for mlx-lm and mlx-vlm; transformers, which reads this file for its
+            # tokenizer's sake, knows no phi3_v, and fails on longrope then.
+            "type": "su" if decoder.vision else "longrope",
             # For transformers, which reads the file for its tokenizer's sake and prints a page
             # about a missing factor; it is what it would compute.
             "factor": decoder.context / rope.original_context,

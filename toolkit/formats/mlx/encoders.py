@@ -60,6 +60,27 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """Kernels [out, channels, height, width] as floats of `dtype`, channels last.
+
+    A kernel's rows are [channels * height, width]; they have to come whole.
+    """
+
+    dtype: str
+    channels: int
+    height: int
+    width: int
+
+    def write(self, descriptor: int, raw: NDArray[Any], row: int, offsets: tuple[int, ...]) -> None:
+        """Turn kernels and write them in place; ValueError when one is cut, or not finite."""
+        if row % (self.channels * self.height) or len(raw) % (self.channels * self.height):
+            raise ValueError(f"rows {row} to {row + len(raw)} are no whole kernels")
+        kernels = raw.reshape(-1, self.channels, self.height * self.width)
+        turned = np.ascontiguousarray(kernels.transpose(0, 2, 1))
+        Plain(self.dtype).write(descriptor, turned.reshape(raw.shape), row, offsets)
+
+
+@dataclass(frozen=True)
 class Plain:
     """Rows as floats of `dtype`."""
 

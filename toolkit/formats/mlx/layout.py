@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import prod
 
 from toolkit.decoder import Decoder
-from toolkit.formats.mlx.encoders import STORED, Groups, Plain
-from toolkit.formats.mlx.modules import list_tensors
+from toolkit.formats.mlx.encoders import STORED, Groups, Kernels, Plain
+from toolkit.formats.mlx.modules import is_kernel, list_shapes, list_tensors
 from toolkit.formats.mlx.recipe import MlxRecipe
 from toolkit.formats.mlx.schemes import Scheme, choose_schemes
 from toolkit.overrides import path_of
@@ -33,14 +33,13 @@ class Stored:
 
 def place(recipe: MlxRecipe, decoder: Decoder) -> dict[str, list[Stored]]:
     """What is stored for every tensor of modules.py, in order of use and without gaps."""
-    schemes, shapes = choose_schemes(recipe, decoder), decoder.shapes()
+    schemes, shapes = choose_schemes(recipe, decoder), list_shapes(decoder)
     placed: dict[str, list[Stored]] = {}
     end = 0
     for name, sources in list_tensors(decoder).items():
         scheme, dtype = schemes.get(path_of(sources[0])), _float_type(recipe, decoder, name)
-        shape = shapes[name] if name in shapes else (len(sources), *shapes[sources[0]])
         placed[name] = []
-        for part, kind, stored_shape in _split(name, shape, scheme, dtype):
+        for part, kind, stored_shape in _split(name, shapes[name], scheme, dtype):
             item_bytes = 4 if kind == "U32" else STORED[dtype].itemsize
             stored = Stored(part, kind, stored_shape, end, prod(stored_shape) * item_bytes)
             placed[name].append(stored)
@@ -68,7 +67,7 @@ def _split(
 
 def lay_out(recipe: MlxRecipe, decoder: Decoder) -> DataFile:
     """The data file: each tensor's rows go through the encoder of its scheme."""
-    schemes, shapes = choose_schemes(recipe, decoder), decoder.shapes()
+    schemes, shapes = choose_schemes(recipe, decoder), decoder.all_shapes()
     pieces, tensors = [], list_tensors(decoder)
     end = 0
     for name, stored in place(recipe, decoder).items():
@@ -77,6 +76,8 @@ def lay_out(recipe: MlxRecipe, decoder: Decoder) -> DataFile:
         encoder: Encoder = Plain(dtype)
         if scheme is not None and scheme.is_quantized:
             encoder = Groups(scheme.bits, scheme.group_size, dtype)
+        elif is_kernel(decoder, name):
+            encoder = Kernels(dtype, *shapes[name][1:])
         rows, columns = prod(shapes[sources[0]][:-1]), shapes[sources[0]][-1]
         offsets = tuple(tensor.offset for tensor in stored)
         for number, source in enumerate(sources):
@@ -106,7 +107,7 @@ def make_index(recipe: MlxRecipe, decoder: Decoder) -> dict[str, object]:
     return {
         "metadata": {
             "total_size": sum(tensor.nbytes for tensor in stored),
-            "total_parameters": sum(prod(shape) for shape in decoder.shapes().values()),
+            "total_parameters": sum(prod(shape) for shape in decoder.all_shapes().values()),
         },
         "weight_map": {tensor.name: DATA_FILE for tensor in sorted(stored, key=lambda t: t.name)},
     }

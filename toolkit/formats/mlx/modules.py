@@ -1,6 +1,8 @@
 """What mlx-lm calls the tensors, and which of the checkpoint's each one is made of.
 
-As the checkpoint does, but for experts: mlx_lm/models/phimoe.py holds all of a layer's in one.
+As the checkpoint does, but for experts: mlx_lm/models/phimoe.py holds all of a layer's in one. A
+tower has the names of the checkpoint for mlx-vlm too, and the kernel of its patches lies channels
+last.
 """
 
 from toolkit.decoder import Decoder
@@ -14,8 +16,25 @@ def list_tensors(decoder: Decoder) -> dict[str, tuple[str, ...]]:
     for layer in range(decoder.layers if decoder.experts else 0):
         stacked |= _list_stacks(decoder, layer)
     behind = {source: name for name, sources in stacked.items() for source in sources}
-    names = dict.fromkeys(behind.get(source, source) for source in decoder.shapes())
+    names = dict.fromkeys(behind.get(source, source) for source in decoder.all_shapes())
     return {name: stacked.get(name, (name,)) for name in names}
+
+
+def list_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    """The shape that each of `list_tensors` has unquantized."""
+    shapes, found = decoder.all_shapes(), {}
+    for name, sources in list_tensors(decoder).items():
+        shape = shapes[sources[0]]
+        if is_kernel(decoder, name):
+            out, channels, height, width = shape
+            shape = (out, height, width, channels)
+        found[name] = shape if name in sources else (len(sources), *shape)
+    return found
+
+
+def is_kernel(decoder: Decoder, name: str) -> bool:
+    """Whether a tensor is the kernel of a tower's patches."""
+    return decoder.vision is not None and name == decoder.vision.names.patch_embedding
 
 
 def _list_stacks(decoder: Decoder, layer: int) -> dict[str, tuple[str, ...]]:

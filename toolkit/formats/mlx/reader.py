@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from toolkit.decoder import Decoder
 from toolkit.errors import ArtifactError, require
 from toolkit.formats.mlx.layout import DATA_FILE
-from toolkit.formats.mlx.modules import list_tensors
+from toolkit.formats.mlx.modules import is_kernel, list_tensors
 from toolkit.overrides import path_of
 
 
@@ -38,6 +38,8 @@ def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np
                     scales, biases = (part.astype(mx.float32) for part in parts)
                     size, bits = scheme["group_size"], scheme["bits"]
                     weight = mx.dequantize(weight, scales, biases, group_size=size, bits=bits)
+                if is_kernel(decoder, source):
+                    weight = weight.transpose(0, 3, 1, 2)
                 yield source, np.array(weight.astype(mx.float32))
     if tensors:
         raise ArtifactError(f"{path}: unknown tensors: {', '.join(sorted(tensors))}")

@@ -23,6 +23,8 @@ class MlxQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_fi
     What comes later in this list wins: `bits`; `sensitive_bits`, for the modules that mlx-lm's
     mixed recipes give more (see schemes.py); `embedding_bits` and `head_bits`; `overrides`, by
     module path as config.json spells it, where `*` stands for anything, the last match counting.
+    `vision_bits` are those of a tower's matrices and its projector's, which the others leave alone;
+    8 where it is left out.
 
     `dtype` is the type of scales, biases, norms and unquantized weights, and mlx-lm computes in it.
     A checkpoint in another type is rounded to it first.
@@ -33,6 +35,7 @@ class MlxQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_fi
     sensitive_bits: Bits | None = None
     embedding_bits: Bits | None = None
     head_bits: Bits | None = None
+    vision_bits: Bits | None = None
     overrides: dict[str, MlxOverride] = msgspec.field(default_factory=dict)
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
 

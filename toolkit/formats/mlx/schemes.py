@@ -17,6 +17,7 @@ from toolkit.overrides import check_patterns, list_matrices, path_of, resolve
 UNQUANTIZED = 16
 GROUP_SIZES = (32, 64, 128)
 QUANTIZED: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
+VISION_BITS = 8  # of a tower's matrices
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ def choose_schemes(recipe: MlxRecipe, decoder: Decoder) -> dict[str, Scheme]:
     for name, override in resolve(settings.overrides, decoder).items():
         size = override.group_size or settings.group_size
         schemes[path_of(name)] = Scheme(override.bits, size)
+    if decoder.vision:
+        matrices = filter(decoder.vision.is_matrix, decoder.vision.shapes())
+        scheme = Scheme(settings.vision_bits or VISION_BITS, settings.group_size)
+        schemes |= dict.fromkeys(map(path_of, matrices), scheme)
     return schemes
 
 
@@ -72,7 +77,7 @@ def check_schemes(recipe: MlxRecipe, decoder: Decoder) -> None:
             f"{where}.head_bits: got {settings.head_bits}; this model's head is its embedding; "
             "allowed the same number as embedding_bits, or none"
         )
-    widths = {path_of(name): shape[-1] for name, shape in decoder.shapes().items()}
+    widths = {path_of(name): shape[-1] for name, shape in decoder.all_shapes().items()}
     check_patterns(f"{where}.overrides", settings.overrides, decoder)
     for path, scheme in choose_schemes(recipe, decoder).items():
         if scheme.is_quantized and widths[path] % scheme.group_size:

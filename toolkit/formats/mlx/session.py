@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from toolkit.errors import ArtifactError, require
 from toolkit.formats.mlx.cpu import speed_up
+from toolkit.runner.engines._mlx_vision import embed, load_model, load_tokenizer
+from toolkit.runner.images import Pixels
 
 BATCH_TOKENS = 256  # positions that are computed at once
 
@@ -26,7 +28,7 @@ class MlxSession:
         self._folder = folder
         try:
             stops = self._utils.load_config(folder).get("eos_token_id")
-            self._tokenizer = self._utils.load_tokenizer(folder, eos_token_ids=stops)
+            self._tokenizer = load_tokenizer(folder, stops)
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{folder}: mlx-lm does not load its tokenizer: {error}") from error
         has_metal = self._mx.metal.is_available()
@@ -39,7 +41,7 @@ class MlxSession:
     def _model(self) -> Any:
         try:
             with self._mx.stream(self._device):
-                model, _ = self._utils.load_model(self._folder, lazy=True)
+                model, _ = load_model(self._folder, lazy=True)
                 if self._device == self._mx.cpu:
                     speed_up(model)
                 self._mx.eval(model.parameters())
@@ -55,6 +57,13 @@ class MlxSession:
         """float32 [len(ids), vocabulary]."""
         cache = self._caches.make_prompt_cache(self._model)
         return self._extend(cache, ids)
+
+    def picture_logits(self, ids: list[int], pixels: Pixels) -> NDArray[np.float32]:
+        """float32 [len(ids), vocabulary]; ids below 0 stand for the pictures' rows, in order."""
+        with self._mx.stream(self._device):
+            rows = embed(self._model, ids, pixels)
+        cache = self._caches.make_prompt_cache(self._model)
+        return self._extend(cache, ids, input_embeddings=rows)
 
     def generate(self, ids: list[int], max_tokens: int) -> list[int]:
         """Greedy continuation; ends after the first stop id, which is included."""
@@ -74,12 +83,13 @@ class MlxSession:
         self.__dict__.pop("_model", None)
         self._mx.clear_cache()
 
-    def _extend(self, cache: list[Any], ids: list[int]) -> NDArray[np.float32]:
-        """Append ids to the cache; logits after each of them."""
+    def _extend(self, cache: list[Any], ids: list[int], **rows: Any) -> NDArray[np.float32]:
+        """Append ids to the cache; logits after each of them. The model gets `rows` an id too."""
         parts = []
         with self._mx.stream(self._device):
             for start in range(0, len(ids), BATCH_TOKENS):
                 batch = self._mx.array([ids[start : start + BATCH_TOKENS]])
-                logits = self._model(batch, cache=cache)[0].astype(self._mx.float32)
+                part = {k: v[None, start : start + BATCH_TOKENS] for k, v in rows.items()}
+                logits = self._model(batch, cache=cache, **part)[0].astype(self._mx.float32)
                 parts.append(np.array(logits))
         return np.concatenate(parts)

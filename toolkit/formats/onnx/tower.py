@@ -22,7 +22,7 @@ def place_vision(layout: Layout, vision: VisionEncoder, kind: str) -> None:
     """Place what a picture's features depend on; `kind` is that of matrices: int8, fp16, fp32."""
     shapes = vision.shapes()
     for name in vision.list_used():
-        if len(shapes[name]) == 2 and name != vision.names.positions:
+        if vision.is_matrix(name):
             _place_matrix(layout, name, shapes[name], kind)
         else:
             _place_plain(layout, name, shapes[name])

@@ -11,7 +11,7 @@ TO_END = (1 << 63) - 1
 
 def place_module(layout: Layout, vision: VisionEncoder, name: str, kind: Kind) -> None:
     """Place one tensor: a matrix as `kind` says, all else in float32."""
-    if len(vision.shapes()[name]) == 2 and name != vision.names.positions:
+    if vision.is_matrix(name):
         layout.add_matrix(name, kind)
     else:
         layout.add_plain(name, "f32")

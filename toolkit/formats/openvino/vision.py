@@ -110,7 +110,7 @@ def _connect(recipe: OpenvinoRecipe, decoder: Decoder, first: Layout) -> dict[st
     found: dict[str, Network] = {}
     end = first.end
     for name, make in ((TEXT, _make_text), (TOWER, _make_tower), (PROJECTOR, _make_projector)):
-        layout = Layout(recipe.quantization, {**decoder.shapes(), **_eyes(decoder).shapes()})
+        layout = Layout(recipe.quantization, dict(decoder.all_shapes()))
         layout.start = -(-end // ALIGN_BYTES) * ALIGN_BYTES
         found[name] = make(recipe, decoder, Network(name, layout))
         end = layout.start + layout.end

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..failure import Failure
+from ..images import Pixels
 from ..settings import GREEDY, Sampling, Settings, check_offered
-from ._prefix import count_common
+from ._mlx_vision import embed, load_model, load_tokenizer
+from ._prefix import count_common, name_pictures
 from ._producing import Producer, Put
 from ._sampling import choose_seed
 
@@ -49,20 +51,25 @@ class Model:
         import mlx_lm  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         self.version = str(mlx_lm.__version__)
-        self._model, self._tokenizer = mlx_lm.load(str(folder))[:2]
+        self._model, config = load_model(folder)
+        self._tokenizer = load_tokenizer(folder, config.get("eos_token_id"))
 
     def encode(self, text: str) -> list[int]:
         """Return token ids; the tokenizer parses special tokens and adds none."""
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)]
 
     def generate(
-        self, prompt_ids: Sequence[int], new_tokens: int, sampling: Sampling = GREEDY
+        self,
+        prompt_ids: Sequence[int],
+        new_tokens: int,
+        sampling: Sampling = GREEDY,
+        pixels: Pixels | None = None,
     ) -> Generator[tuple[int, str], None, None]:
-        """Yield up to `new_tokens` (token id, text) pairs."""
+        """Yield up to `new_tokens` (token id, text) pairs; ids below 0 stand for `pixels`."""
         prompt = list(prompt_ids)
 
         def work(put: Put[int]) -> None:
-            self._run(prompt, new_tokens, sampling, put)
+            self._run(prompt, pixels, new_tokens, sampling, put)
 
         with closing(self._producer.produce(work)) as tokens:
             yield from self._spell(tokens)
@@ -76,12 +83,19 @@ class Model:
         del self._tokenizer, self._model
         self._mlx.clear_cache()
 
-    def _run(self, prompt: list[int], new_tokens: int, sampling: Sampling, put: Put[int]) -> None:
+    def _run(
+        self, prompt: list[int], pixels: Pixels | None, new_tokens: int, sampling: Sampling,
+        put: Put[int],
+    ) -> None:  # fmt: skip
         from mlx_lm.generate import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
             generate_step,
         )
 
-        self._trim_cache(prompt)
+        known = prompt if pixels is None else name_pictures(prompt, pixels)
+        self._trim_cache(known)
+        seen = {}
+        if pixels is not None:
+            seen["input_embeddings"] = embed(self._model, prompt, pixels, self.reused_tokens)
         stops = self._tokenizer.eos_token_ids
         steps = generate_step(
             self._mlx.array(prompt[self.reused_tokens :]),
@@ -93,8 +107,9 @@ class Model:
             kv_bits=self._settings.kv_bits,
             kv_group_size=KV_GROUP_SIZE,
             quantized_kv_start=0,
+            **seen,
         )
-        self._tokens = prompt
+        self._tokens = known
         try:
             with closing(steps):
                 for token, _ in steps:
