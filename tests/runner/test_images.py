@@ -21,6 +21,7 @@ from toolkit.runner.images import (
     place_picture,
     prepare,
     prepare_files,
+    read_bytes,
     read_image,
 )
 from toolkit.runner.manifest import Vision
@@ -59,7 +60,7 @@ def test_a_lossless_file_is_the_picture(kind: str, tmp_path: Path) -> None:
     picture = PICTURE if kind != "GIF" else PICTURE.quantize(64).convert("RGB")
     path = tmp_path / "picture"
     path.write_bytes(encode(picture, kind))
-    assert difference(read_image(path, "it"), picture) == 0
+    assert difference(read_image(read_bytes(path, "it"), "it"), picture) == 0
 
 
 @pytest.mark.parametrize(
@@ -130,14 +131,14 @@ def test_a_bad_picture_is_refused_in_a_sentence(which: str) -> None:
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="cannot be read: No such file"):
-        read_image(tmp_path / "none.png", "none.png")
+        read_bytes(tmp_path / "none.png", "none.png")
     with pytest.raises(Failure, match="cannot be read: Is a directory"):
-        read_image(tmp_path, "a folder")
+        read_bytes(tmp_path, "a folder")
     large = tmp_path / "large.png"
     with large.open("wb") as stream:
         stream.truncate(MOST_BYTES + 1)
     with pytest.raises(Failure, match="has more than the 67,108,864 bytes allowed"):
-        read_image(large, "large.png")
+        read_image(read_bytes(large, "large.png"), "large.png")
 
 
 def test_a_model_that_reads_text_only_says_so(tmp_path: Path) -> None:

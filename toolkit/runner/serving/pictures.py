@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..images import MOST_PICTURES
 from ..pictures import PICTURE
 from .refusal import Refusal, refuse
 
-MOST_PICTURES = 16
 BODY_BYTES = 32 << 20  # of a request to a model that reads pictures
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,60};base64,")
 DETAILS = ("auto", "low", "high")  # crops are the model's own, whatever is asked
