@@ -21,7 +21,7 @@ from ..answer import (
     stream_answer,
 )
 from ..failure import Failure
-from ..images import Pixels, prepare, read_bytes, read_image
+from ..images import Pixels, prepare, read_image
 from ..loading import Loaded
 from .api import Asked
 from .metrics import Metrics
@@ -207,7 +207,7 @@ class Line:
             return encode_text(self._loaded, asked.text), None
         # One at a time: decoded, a picture takes much more than its crops.
         pictures = (
-            read_image(one if isinstance(one, bytes) else read_bytes(one, ""), f"picture {number}")
+            read_image(one if isinstance(one, bytes) else one.read(), f"picture {number}")
             for number, one in enumerate(asked.pictures, 1)
         )
         pixels = prepare(pictures, vision)
