@@ -18,7 +18,9 @@ from toolkit.build import build
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
 from toolkit.formats.onnx.recipe import OnnxQuantization, OnnxRecipe
+from toolkit.formats.openvino.recipe import OpenvinoQuantization, OpenvinoRecipe
 from toolkit.job import Options
+from toolkit.recipe import Recipe
 from toolkit.report import Report
 from toolkit.runner.generate import generate
 from toolkit.runner.serving.pictures import Eyes, FolderFile
@@ -30,13 +32,16 @@ TOKENS = 6
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    source = Checkpoint.open(write_vision_checkpoint(folder / "source", crops=1))
     recipe = OnnxRecipe(
         name="sees", model="phi-3-vision", title="sees", context_length=2048,
         quantization=OnnxQuantization(precision="fp32", head="fp32", vision="fp32"),
         check=Limits(max_kl=1e-6),
     )  # fmt: skip
+    return build_small(recipe, tmp_path_factory.mktemp("pictures"))
+
+
+def build_small(recipe: Recipe, folder: Path) -> Path:
+    source = Checkpoint.open(write_vision_checkpoint(folder / "source", crops=1))
     return build(recipe, source, folder, Options(), Console(as_json=True), Report("sees"))
 
 
@@ -87,6 +92,26 @@ def test_the_answer_is_the_runners(kind: str, server: Server, artifact: Path, fo
     assert reply.status == 200
     assert reply.text == expected["text"]
     assert reply.json["usage"]["prompt_tokens"] == expected["prompt_tokens"] > 300
+
+
+def test_an_openvino_artifact_answers_as_its_runner(folder: Path, tmp_path: Path) -> None:
+    """Its networks are run step by step; two pictures and a text alone go through one server."""
+    recipe = OpenvinoRecipe(
+        name="sees", model="phi-3-vision", title="sees", context_length=2048,
+        quantization=OpenvinoQuantization(precision="int4", group_size=32, vision="int8"),
+        check=Limits(max_kl=0.3, min_top1=0.4),
+    )  # fmt: skip
+    artifact, path = build_small(recipe, tmp_path), folder / "a b.png"
+    seen = generate(artifact, QUESTION, TOKENS, lambda _: None, images=[path, path])
+    plain = generate(artifact, "Hello", TOKENS, lambda _: None)
+    with serving(artifact, context_tokens=2048) as one:
+        for _ in range(2):
+            reply = ask(one, data_url(path), data_url(path))
+            assert reply.text == seen["text"]
+            assert reply.json["usage"]["prompt_tokens"] == seen["prompt_tokens"] > 600
+            assert one.chat("Hello", max_tokens=TOKENS).text == plain["text"]
+        refused = ask(one, *[data_url(path)] * 7)  # 313 tokens each, of 2,048
+        assert refused.error["code"] == "context_length_exceeded"
 
 
 def test_several_pictures_and_then_text_alone(server: Server, artifact: Path, folder: Path) -> None:
