@@ -122,6 +122,9 @@ def _check(picture: Image, where: str) -> None:
         raise _refuse(where, f"has {width} x {height} pixels; allowed are {MOST_PIXELS:,} in all")
     if picture.format not in STILL and getattr(picture, "is_animated", False):
         raise _refuse(where, "is animated")
+    if picture.mode.startswith("I"):
+        # To RGB, as the source has it, Pillow cuts them off at 255: all but black is white.
+        raise _refuse(where, "has 16 bits of grey a pixel; allowed are 8: save it so")
 
 
 def _make_upright(picture: Image) -> Image:
