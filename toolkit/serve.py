@@ -84,16 +84,7 @@ def ask_about(
 
     Raises RunnerError for a picture that the server would refuse, before anything is sent.
     """
-    content = [*_read_pictures(text, images), {"type": "text", "text": prompt}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    if len(json.dumps(messages)) + FIELDS_BYTES > BODY_BYTES:
-        raise RunnerError(
-            f"{text}: pictures and prompt take more than the {BODY_BYTES:,} bytes that a request "
-            "may have, where a picture takes four bytes for three of its file",
-            advice="give fewer pictures, or smaller files",
-        )
+    messages = _make_messages(text, prompt, images, system)
     with open_place(text, devices_file) as place:
         if place.manifest.vision is None:
             raise RunnerError(
@@ -113,6 +104,22 @@ def ask_about(
     )  # fmt: skip
     console.result(clean(reply.text))
     console.note(f"{reply.completion_tokens} tokens in {reply.seconds:.1f} s")
+
+
+def _make_messages(
+    name: str, prompt: str, images: Sequence[Path], system: str
+) -> list[dict[str, Any]]:
+    """A question about pictures, no longer than a server takes."""
+    content = [*_read_pictures(name, images), {"type": "text", "text": prompt}]
+    before = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, Any]] = [*before, {"role": "user", "content": content}]
+    if len(json.dumps(messages)) + FIELDS_BYTES > BODY_BYTES:
+        raise RunnerError(
+            f"{name}: pictures and prompt take more than the {BODY_BYTES:,} bytes that a request "
+            "may have, where a picture takes four bytes for three of its file",
+            advice="give fewer pictures, or smaller files",
+        )
+    return messages
 
 
 def _read_pictures(name: str, paths: Sequence[Path]) -> list[dict[str, Any]]:

@@ -116,12 +116,11 @@ def test_an_engine_that_imports_needs_no_wheels(noise: Manifest) -> None:
     [
         (("pillow",), False, "ok", "can be imported"),
         ((), False, "refused", "pillow, which this artifact needs beside it, is missing in"),
-        (None, False, "refused", "pillow"),  # an agent that did not look
         ((), True, "ok", "pillow beside it comes with this push"),
     ],
 )
 def test_what_an_artifact_needs_beside_its_engine(
-    companions: tuple[str, ...] | None, installs: bool, verdict: str, text: str, noise: Manifest
+    companions: tuple[str, ...], installs: bool, verdict: str, text: str, noise: Manifest
 ) -> None:
     manifest = make_manifest(noise, "phi-3.5-vision-onnx-cpu-int4")
     own = engine(
