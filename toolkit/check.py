@@ -119,7 +119,7 @@ def open_artifact(
         recipe, decoder, context_length=manifest.context_length, adapter=find_adapter(checkpoint)
     )
     with report.step("text") as step:
-        text = _read_text(manifest, checkpoint, asked)
+        text = _read_text(manifest, checkpoint, decoder, asked)
         step.measured = f"{text.name}: {len(text.sequences)} x {text.length} tokens"
         console.event("text", name=text.name, digest=text.digest, tokens=text.count)
     return Opened(folder, manifest, plan, checkpoint, text, console)
@@ -146,7 +146,7 @@ def check_artifact(
         session.close()
 
 
-def _read_text(manifest: Manifest, checkpoint: Checkpoint, asked: Asked) -> Text:
+def _read_text(manifest: Manifest, checkpoint: Checkpoint, decoder: Decoder, asked: Asked) -> Text:
     """The text in sequences that the artifact can take; PlanError when it cannot."""
     # Runtimes want room for the token that would follow.
     most = manifest.context_length - 1
@@ -155,11 +155,16 @@ def _read_text(manifest: Manifest, checkpoint: Checkpoint, asked: Asked) -> Text
             f"--length: got {asked.length}; {manifest.name} has a context of "
             f"{manifest.context_length} tokens: allowed {LEAST_TOKENS} to {most}"
         )
-    length = asked.length or min(DEFAULT_LENGTH, most, manifest.valid_context[1])
+    length = asked.length or min(choose_length(decoder), most, manifest.valid_context[1])
     return read_text(
         checkpoint, manifest.chat, "evaluation", path=asked.text, tokens=asked.tokens,
         length=length,
     )  # fmt: skip
+
+
+def choose_length(decoder: Decoder) -> int:
+    """Tokens of a sequence unless others are asked for: half of them beyond local blocks."""
+    return max(DEFAULT_LENGTH, 2 * decoder.sparse.local_tokens if decoder.sparse else 0)
 
 
 @dataclass(frozen=True)

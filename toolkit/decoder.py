@@ -120,6 +120,11 @@ class BlockSparse:
         """Whether a query of a block sees a key of a block, not after it; numbers or arrays."""
         return (query - key < self.local) | ((key + shift + 1) % self.stride == 0)
 
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of a text of which every layer sees all: the next one misses a block."""
+        return self.local * self.block
+
     def is_dense(self, layer: int) -> bool:
         """True for a layer that sees all."""
         return (layer + 1) % self.dense_every == 0

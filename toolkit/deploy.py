@@ -211,7 +211,8 @@ def _connect(device: Device, asked: Carrier, size_bytes: int, report: Report) ->
 
 def _preflight(session: Session, manifest: Manifest, report: Report, *, has_engine: bool) -> Facts:
     with report.step("preflight", limit=describe_needs(manifest)) as step:
-        facts = read_facts(session, "" if has_engine else manifest.runtime.engine)
+        runtime = manifest.runtime
+        facts = read_facts(session, "" if has_engine else runtime.engine, runtime.companions)
         step.measured = describe_facts(facts)
         brings = session.device.runtime == "auto"
         findings = check_facts(

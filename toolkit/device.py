@@ -82,6 +82,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Outcome of importing an engine in a child process; `signal` when that died of one.
 
     `is_installed` is True for an engine that is there, whether or not it can be imported.
+    `companions` are those of the packages asked for beside it that are there.
     """
 
     package: str
@@ -91,6 +92,11 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     signal: str | None
     error: str
     is_installed: bool = False
+    companions: tuple[str, ...] = ()
+
+    def list_missing(self, companions: Sequence[str]) -> list[str]:
+        """Packages that have to be beside it, and are not known to be there."""
+        return [name for name in companions if name not in self.companions]
 
 
 class Accelerator(msgspec.Struct, frozen=True, kw_only=True):

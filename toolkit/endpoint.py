@@ -27,7 +27,7 @@ LONGEST_WAIT_S = 60.0  # a server that asks for more (a day's quota) is given up
 BUSY = (429, 503)
 AZURE_RESOURCES = (".services.ai.azure.com", ".openai.azure.com", ".cognitiveservices.azure.com")
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # content is a text, or a list of parts: texts and pictures
 TakeText = Callable[[str], None]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -28,6 +29,7 @@ TOKEN_BYTES = 78
 RUNNER_BYTES = 1_000_000
 MOST_WORKERS = 8
 SHOWN_RECIPES = 5
+STEP_TOKENS = 256  # of contexts that are suggested
 FLOAT_BYTES = 4
 FACTORS = 8  # a matrix's gram, its factors, NumPy's float64 on the way, and some rows
 
@@ -126,6 +128,7 @@ def make_plan(
             advice=f"set context_length to {decoder.context} or less, or give --context",
         )
     _check_architecture(recipe, decoder)
+    _check_room(recipe, decoder, context)
     module = formats.get(recipe.format)
     module.check_shape(recipe, decoder)
     data = module.lay_out(recipe, decoder, context)
@@ -231,6 +234,16 @@ def _measure_adapter(recipe: Recipe, decoder: Decoder, adapter: Adapter | None) 
     return formats.get_apart(recipe.format).measure(recipe, decoder, adapter)
 
 
+def _check_room(recipe: Recipe, decoder: Decoder, context_length: int) -> None:
+    """PlanError for a context that holds no picture, of a model that sees."""
+    if decoder.vision and context_length < (least := decoder.vision.count_least()):
+        raise PlanError(
+            f"{recipe.name}: context_length: got {context_length}; a picture with a text takes "
+            f"{least} tokens and more",
+            advice=f"set context_length to {least} or more, or give --context",
+        )
+
+
 def _check_codes(recipe: Recipe, decoder: Decoder, data: DataFile) -> None:
     """PlanError when codes are to be chosen on a text, and there are none, or others choose."""
     if not recipe.quantization.is_calibrated:
@@ -295,10 +308,19 @@ def find_problem(plan: Plan, target: Target) -> str:
 
 
 def largest_context(plan: Plan, target: Target) -> int:
-    """The longest context (a multiple of 256) that the target's memory holds; 0 when none does."""
-    left = target.usable_memory_bytes - plan.weight_bytes - plan.needs.overhead_bytes
-    tokens = left // plan.needs.kv_bytes_per_token
-    return max(0, min(tokens, plan.decoder.context) // 256 * 256)
+    """The longest context that the target's memory holds, in steps; at most the plan's, 0: none."""
+    module = formats.get(plan.recipe.format)
+    left_bytes = target.usable_memory_bytes - plan.weight_bytes
+
+    def is_too_long(context: int) -> bool:
+        """What the engine takes may grow faster than the context, as attention masks do."""
+        with contextlib.suppress(PlanError):  # some recipes are not for short contexts
+            needs = module.needs(plan.recipe, plan.decoder, context)
+            return needs.kv_bytes_per_token * context + needs.overhead_bytes > left_bytes
+        return False
+
+    contexts = range(STEP_TOKENS, plan.context_length + 1, STEP_TOKENS)
+    return STEP_TOKENS * bisect_left(contexts, True, key=is_too_long)
 
 
 def what_fits(plan: Plan, target: Target) -> list[str]:

@@ -1,6 +1,6 @@
 """Looking at a device, and small orders to it: everything but putting a release into use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,9 +59,10 @@ def probe(device: Device, engine: str = "") -> Facts:
         return read_facts(session, engine)
 
 
-def read_facts(session: Session, engine: str = "") -> Facts:
-    """As `probe`, in a session that is open."""
-    return msgspec.convert(session.call("facts", engine=engine), Facts)
+def read_facts(session: Session, engine: str = "", companions: Sequence[str] = ()) -> Facts:
+    """As `probe`, in a session that is open; also which packages are there beside the engine."""
+    answer = session.call("facts", engine=engine, companions=list(companions))
+    return msgspec.convert(answer, Facts)
 
 
 def read_service(session: Session) -> Service:

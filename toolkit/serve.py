@@ -1,5 +1,8 @@
 """Serving a model: here, or on a device with a tunnel to it; as a service when asked for."""
 
+import base64
+import json
+import mimetypes
 import os
 import socket
 import sys
@@ -7,19 +10,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
 from toolkit.console import Console, format_bytes
 from toolkit.device import Device
-from toolkit.endpoint import Endpoint, stream_chat
+from toolkit.endpoint import Endpoint, chat, stream_chat
 from toolkit.errors import RunnerError, SettingsError, UnreachableError
-from toolkit.place import LocalPlace, RemotePlace, build_command, open_place
+from toolkit.place import LocalPlace, RemotePlace, build_command, explain_failure, open_place
 from toolkit.remote import Service, read_service
 from toolkit.runner.chatting import Message, TakeText, clean, converse
 from toolkit.runner.failure import Failure
+from toolkit.runner.images import MOST_PICTURES, read_bytes, read_image
 from toolkit.runner.serving.options import is_loopback
+from toolkit.runner.serving.pictures import BODY_BYTES
 from toolkit.ssh.embedded import running
 from toolkit.ssh.session import Session, open_session
 from toolkit.ssh.tunnel import LOOPBACK, tunneling
@@ -27,6 +32,7 @@ from toolkit.ssh.tunnel import LOOPBACK, tunneling
 PORT = 8080
 WATCH_S = 2.0
 ANSWER_TIMEOUT_S = 3600
+FIELDS_BYTES = 1024  # of a request, beside its messages
 
 
 def run_here(text: str, arguments: Sequence[str]) -> NoReturn:
@@ -67,6 +73,69 @@ def answer_once(
         f"peak memory {format_bytes(answer['peak_memory_bytes'])}, "
         f"{answer['engine']} on {answer['provider']}"
     )
+
+
+def ask_about(
+    text: str, prompt: str, images: Sequence[Path], console: Console, *, system: str,
+    max_tokens: int | None, temperature: float, seed: int | None, settings: Sequence[str],
+    devices_file: Path | None,
+) -> None:  # fmt: skip
+    """Ask the release in use on a device about pictures, through its server; print the answer.
+
+    Raises RunnerError for a picture that the server would refuse, before anything is sent.
+    """
+    messages = _make_messages(text, prompt, images, system)
+    with open_place(text, devices_file) as place:
+        if place.manifest.vision is None:
+            raise RunnerError(
+                f"{place.name}: the release in use there, {place.manifest.name}, reads no pictures",
+                advice="deploy an artifact of a model that does",
+            )
+        with ExitStack() as opened:
+            with console.waiting(f"starting {place.manifest.name} on {place.name}"):
+                endpoint = opened.enter_context(place.serving(settings))
+            reply = chat(
+                endpoint, messages, max_tokens=max_tokens, temperature=temperature, seed=seed,
+                timeout_s=ANSWER_TIMEOUT_S,
+            )  # fmt: skip
+    console.event(
+        "answer", text=reply.text, prompt_tokens=reply.prompt_tokens,
+        new_tokens=reply.completion_tokens, stop_reason=reply.finish_reason, seconds=reply.seconds,
+    )  # fmt: skip
+    console.result(clean(reply.text))
+    console.note(f"{reply.completion_tokens} tokens in {reply.seconds:.1f} s")
+
+
+def _make_messages(
+    name: str, prompt: str, images: Sequence[Path], system: str
+) -> list[dict[str, Any]]:
+    """A question about pictures, no longer than a server takes."""
+    content = [*_read_pictures(name, images), {"type": "text", "text": prompt}]
+    before = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, Any]] = [*before, {"role": "user", "content": content}]
+    if len(json.dumps(messages)) + FIELDS_BYTES > BODY_BYTES:
+        raise RunnerError(
+            f"{name}: pictures and prompt take more than the {BODY_BYTES:,} bytes that a request "
+            "may have, where a picture takes four bytes for three of its file",
+            advice="give fewer pictures, or smaller files",
+        )
+    return messages
+
+
+def _read_pictures(name: str, paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Parts of a message with files in data: URLs; RunnerError for what no server would take."""
+    if len(paths) > MOST_PICTURES:
+        raise RunnerError(f"{name}: {len(paths)} pictures; a question can have {MOST_PICTURES}")
+    parts = []
+    for path in paths:
+        with explain_failure(name):
+            data = read_bytes(path, str(path))
+            read_image(data, str(path))
+        kind = mimetypes.guess_type(path.name)[0] or ""
+        kind = kind if kind.startswith("image/") else "image/unknown"  # a file's name is no proof
+        url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    return parts
 
 
 def serve_device(device: Device, port: int, arguments: Sequence[str], console: Console) -> None:

@@ -99,8 +99,9 @@ def _find_runnable(
         if way in installable:
             yield way
         elif candidates:
-            engine = read_facts(session, candidates[0].needs.engine).engine
-            if engine and engine.importable:
+            needs = candidates[0].needs
+            engine = read_facts(session, needs.engine, needs.companions).engine
+            if engine and engine.importable and not engine.list_missing(needs.companions):
                 yield way
 
 

@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
+
+PICTURE_CROPS = 17  # as published: at most 16, and the whole
+LEAST_TEXT = 160  # tokens beside a picture
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,22 @@ class VisionEncoder:
         shapes |= _module(names.mlp_norm.format(layer), width)
         shapes |= _module(names.mlp_in.format(layer), self.intermediate, width)
         return shapes | _module(names.mlp_out.format(layer), width, self.intermediate)
+
+    def count_weights(self) -> int:
+        """Numbers in the matrices that are used."""
+        shapes = self.shapes()
+        return sum(prod(shapes[name]) for name in self.list_used() if len(shapes[name]) == 2)
+
+    def count_least(self) -> int:
+        """Tokens of two crops, the whole picture, their separators, a text: the gate's question."""
+        return 3 * self.side**2 + 3 * self.side + 1 + LEAST_TEXT
+
+    def count_crops(self, context_length: int) -> int:
+        """Most crops whose tokens so long a context holds; at least those of one picture.
+
+        A picture as a whole is one of its crops.
+        """
+        return max(PICTURE_CROPS, context_length // self.side**2)
 
     def layer_attention(self, layer: int) -> tuple[str, str, str, str]:
         """A layer's attention modules: queries, keys, values, out."""

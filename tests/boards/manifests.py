@@ -30,6 +30,7 @@ def make_manifest(noise: Manifest, recipe_name: str, context: int | None = CONTE
         package=plan.needs.package,
         version="0.18.0",
         main_file=plan.needs.main_file,
+        companions=plan.needs.companions,
     )
     return msgspec.structs.replace(
         noise,

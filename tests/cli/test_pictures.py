@@ -67,10 +67,63 @@ def test_options_that_do_not_go_together(words: list[str], built: Path) -> None:
     assert "goes with" in done.stderr
 
 
-def test_a_device_is_not_sent_pictures(built: Path) -> None:
-    done = run("run", "pi@nowhere", "--prompt", "What?", "--image", str(built / "good.png"))
-    assert done.returncode == 2
-    assert "with an artifact's folder" in done.stderr
+@pytest.fixture(scope="module")
+def device(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where an embedded device has the artifact in use."""
+    environment = {"PHISHIP_EMBEDDED_ROOT": str(tmp_path_factory.mktemp("device"))}
+    smoke = ["--prompt", "Hello", "--expect", ""]
+    done = run("deploy", str(built / "sees"), "embedded", *smoke, **environment)
+    assert done.returncode == 0, done.stderr
+    return environment
+
+
+def test_a_device_answers_as_the_artifact_does(built: Path, device: dict[str, str]) -> None:
+    picture = str(built / "good.png")
+    words = ["--prompt", "What?", "--max-tokens", "4", "--system", "Be short.", "--json"]
+    words += ["--image", picture, "--image", picture]
+    here, there = (
+        next(one for one in events(run("run", place, *words, **device)) if one["event"] == "answer")
+        for place in (str(built / "sees"), "embedded")
+    )
+    assert there["new_tokens"] == 4
+    assert there["prompt_tokens"] == here["prompt_tokens"] > 2 * 313
+    assert there["text"].strip() == here["text"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("bad.png", "is no picture"), ("none.png", "No such")])
+def test_a_bad_picture_is_not_sent(name: str, said: str, built: Path) -> None:
+    done = run("run", "pi@nowhere", "--prompt", "What?", "--image", str(built / name))
+    assert done.returncode == 14
+    assert said in done.stderr
+    assert "give one still picture" in done.stderr
+
+
+def test_too_many_pictures_are_not_sent(built: Path) -> None:
+    pictures = ["--image", str(built / "good.png")] * 17
+    for place in ("pi@nowhere", str(built / "sees")):
+        done = run("run", place, "--prompt", "What?", *pictures)
+        assert done.returncode == 14
+        assert "17 pictures; a question can have 16" in done.stderr
+
+
+def test_more_bytes_than_a_request_has_are_not_sent(built: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    large.write_bytes((built / "good.png").read_bytes() + bytes(13 << 20))
+    pictures = ["--image", str(large)] * 2
+    done = run("run", "pi@nowhere", "--prompt", "What?", *pictures)
+    assert done.returncode == 14
+    assert "more than the 33,554,432 bytes that a request may have" in done.stderr
+
+
+def test_a_release_that_reads_text_only(
+    artifacts: dict[str, Path], built: Path, tmp_path: Path
+) -> None:
+    environment = {"PHISHIP_EMBEDDED_ROOT": str(tmp_path / "device")}
+    assert run("deploy", str(artifacts["onnx"]), "embedded", **environment).returncode == 0
+    picture = str(built / "good.png")
+    done = run("run", "embedded", "--prompt", "What?", "--image", picture, **environment)
+    assert done.returncode == 14
+    assert "the release in use there, tiny-phi3-onnx-cpu-int4, reads no pictures" in done.stderr
 
 
 def test_a_kind_of_tower_that_is_refused(built: Path) -> None:

@@ -3,15 +3,17 @@
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.cli.commands import ROOT, events, run
-from toolkit import catalog
+from toolkit import catalog, formats
 from toolkit.checkpoint.config import Config
 from toolkit.decoder import Decoder
 from toolkit.errors import PlanError, SettingsError
 from toolkit.families import read_decoder
-from toolkit.plan import check_fit, find_problem, largest_context, make_plan
+from toolkit.plan import check_fit, find_problem, largest_context, make_plan, what_fits
+from toolkit.yamlfile import ByteSize
 
 
 def known_decoder(model: str) -> Decoder:
@@ -102,15 +104,51 @@ def test_plan_that_does_not_fit_says_what_would() -> None:
     assert too_long.returncode == PlanError.exit_code
 
 
-def test_the_suggested_context_is_the_longest_that_fits() -> None:
-    decoder = known_decoder("phi-3-mini-4k")
-    recipe, target = (
-        catalog.load_recipe("phi-3-mini-4k-onnx-cpu-int4"),
-        catalog.load_target("android"),
-    )
-    context = largest_context(make_plan(recipe, decoder), target)
+@pytest.mark.parametrize(
+    ("name", "target_name", "memory_bytes"),
+    [
+        ("phi-3-mini-4k-onnx-cpu-int4", "android", None),
+        # Masks that grow with the square of the context, and pictures that fit into it.
+        ("phi-3-small-8k-openvino-int4", "intel-nuc", 8 * 10**9),
+        ("phi-3-vision-onnx-cpu-int4", "intel-nuc", 7 * 10**9),
+        ("phi-3-vision-openvino-int4", "intel-nuc", 45 * 10**8),
+    ],
+)
+def test_the_suggested_context_is_the_longest_that_fits(
+    name: str, target_name: str, memory_bytes: int | None
+) -> None:
+    recipe, target = catalog.load_recipe(name), catalog.load_target(target_name)
+    decoder = known_decoder(recipe.model)
+    if memory_bytes:
+        memory = ByteSize(memory_bytes + target.reserved_memory)
+        target = msgspec.structs.replace(target, memory=memory)
+    plan = make_plan(recipe, decoder)
+    context = largest_context(plan, target)
+    assert 256 <= context < plan.context_length
     assert not find_problem(make_plan(recipe, decoder, context_length=context), target)
     assert find_problem(make_plan(recipe, decoder, context_length=context + 256), target)
+    assert f"--context {context} would fit" in what_fits(plan, target)
+
+
+@pytest.mark.parametrize("kind", ["onnx-cpu", "openvino"])
+def test_a_context_without_room_for_a_picture_is_refused(kind: str) -> None:
+    done = run("plan", f"phi-3-vision-{kind}-int4", "--context", "512")
+    assert done.returncode == PlanError.exit_code
+    assert "got 512; a picture with a text takes 629 tokens" in done.stderr
+
+
+def test_a_plan_counts_the_pictures_that_fit_its_context() -> None:
+    """Two of 4:3 with 12 crops each, 1,921 tokens, go through onnxruntime's tower at once."""
+    for kind, least, most in (("onnx-cpu", 26 * 38_000_000, 30 * 39_000_000),
+                              ("openvino", 26 * 7_200_000, 400_000_000)):  # fmt: skip
+        recipe = catalog.load_recipe(f"phi-3-vision-{kind}-int4")
+        decoder = known_decoder("phi-3-vision")
+        sees = make_plan(recipe, decoder).needs.overhead_bytes
+        reads = make_plan(recipe, decoder, context_length=1024).needs.overhead_bytes
+        engine = formats.get(recipe.format).OVERHEAD_BYTES
+        engine = engine if isinstance(engine, int) else engine["cpu"]
+        assert least < sees - engine < most
+        assert (reads - engine) < 0.75 * (sees - engine)
 
 
 def test_a_format_the_target_cannot_run_is_refused_with_recipes_that_would_do() -> None:

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import run
+from tests.cli.commands import events, run
 from tests.small_checkpoints import write_small_checkpoint
 from toolkit import artifact as artifacts
+from toolkit import catalog
+from toolkit.check import choose_length
+from toolkit.checkpoint.config import Config
+from toolkit.families import read_decoder
 
 # Int4 moves a random model by a KL of 0.1; a wrong block by more than 1.
 LIMITS = "check: {max_kl: 0.3, min_top1: 0.4}"
@@ -44,6 +48,17 @@ def test_build_and_check(checkpoint: Path, tmp_path: Path, kind: str) -> None:
     assert said.returncode == 0, said.stderr
     checked = run("check", str(artifact), "--checkpoint", str(checkpoint), "--weights")
     assert checked.returncode == 0, checked.stderr
+    checked = run("check", str(artifact), "--checkpoint", str(checkpoint), "--json")
+    assert checked.returncode == 0, checked.stderr
+    lengths = next(one for one in events(checked) if one.get("name") == "lengths")
+    assert lengths["measured"] == "agrees at 1 to 32 and 33 to 383 tokens"
+
+
+def test_sequences_go_beyond_the_local_blocks() -> None:
+    small = catalog.load_model("phi-3-small-8k")
+    assert choose_length(read_decoder(Config(small.name, small.config))) == 2048
+    other = catalog.load_model("phi-3-mini-4k")
+    assert choose_length(read_decoder(Config(other.name, other.config))) == 512
 
 
 @pytest.mark.parametrize("model", ["phi-3-small-8k", "phi-3-small-128k"])

@@ -309,6 +309,13 @@ def test_engine_that_is_not_there() -> None:
     assert "no_such_engine" in found["error"]
 
 
+def test_what_is_there_beside_an_engine() -> None:
+    """By the names of packages, however they are written; also when the engine is missing."""
+    for module in ("json", "no_such_engine"):
+        found = import_engine(module, companions=["pillow", "no-such-package", "huggingface-hub"])
+        assert found["companions"] == ["pillow", "huggingface-hub"]
+
+
 def test_zipapp_is_small_and_the_same_every_time() -> None:
     runner = pack_runner()
     assert len(runner.content) < LIMIT_BYTES

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import packaging.tags
 import pytest
 
@@ -358,7 +359,9 @@ def test_engine_of_the_devices_own_python() -> None:
     assert not fits(make_engine(importable=False), make_runtime())
     assert not fits(make_engine("0.17.0"), make_runtime())
     assert not fits(make_engine(), make_runtime("onnxruntime-genai-cuda"))
-    assert not fits(make_engine(), make_runtime(companions=("pillow",)))
+    seeing = make_runtime(companions=("pillow",))
+    assert not fits(make_engine(), seeing)
+    assert fits(msgspec.structs.replace(make_engine(), companions=("pillow",)), seeing)
 
 
 def test_runtime_that_is_there() -> None:

@@ -1,14 +1,16 @@
 """How ranges of lengths are judged; real runtimes that leave their source are in tests/cli."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from tests.checkpoints import variant_config
+from tests.small_checkpoints import BASE
 from toolkit.artifact import Limits
 from toolkit.checkpoint.config import Config
-from toolkit.decoder import Decoder
+from toolkit.decoder import BlockSparse, Decoder
 from toolkit.families import read_decoder
 from toolkit.quality.agreement import find_switches, is_within, measure_ranges, tell_agreement
 from toolkit.quality.details import Range
@@ -54,6 +56,27 @@ def test_switches_are_windows_and_long_factors():
     assert find_switches(read_variant("longrope"), 64) == []
     assert find_switches(read_variant("window"), 32) == []
     assert find_switches(read_variant("mha"), 256) == []
+
+
+def test_a_switch_is_where_the_first_block_is_not_seen() -> None:
+    """By the pattern itself: 2 local blocks of 16 tokens here, 16 of 64 in the published models."""
+    small = read_decoder(Config("small", BASE))
+    assert find_switches(small, 48) == [32]
+    assert find_switches(small, 32) == []
+    sparse = small.sparse
+    assert sparse
+    for position in (31, 32):
+        seen = [sparse.sees(position // sparse.block, 0, shift) for shift in sparse.shifts]
+        assert all(seen) == (position < 32)
+
+
+def test_blocks_and_long_factors_are_judged_on_two_lengths_of_text() -> None:
+    long = dataclasses.replace(read_variant("longrope"), sparse=BlockSparse(16, 2, 4, (0,), 2))
+    cuts: list[int] = []
+    ranges = judge(long, lambda place: 1.0 if place >= 32 else 0.01, cuts=cuts)
+    assert [(one.first, one.last) for one in ranges] == [(1, 32), (33, 64), (65, 100)]
+    assert [one.agrees for one in ranges] == [True, False, False]
+    assert cuts == [64, 64, 100]
 
 
 @pytest.mark.parametrize("variant", ["mha", "window", "longrope"])

@@ -21,6 +21,7 @@ from toolkit.runner.images import (
     place_picture,
     prepare,
     prepare_files,
+    read_bytes,
     read_image,
 )
 from toolkit.runner.manifest import Vision
@@ -42,15 +43,19 @@ def difference(found: Image.Image, expected: Image.Image) -> float:
     return float(np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32)).mean())
 
 
-def make_png(width: int, height: int) -> bytes:
-    """A PNG that says a size and holds next to nothing."""
+def draw_grey() -> Image.Image:
+    return Image.fromarray(np.arange(60 * 40, dtype=np.uint16).reshape(40, 60) * 27)
+
+
+def make_png(width: int, height: int, bits: int = 8, lines: bytes = bytes(100)) -> bytes:
+    """A PNG in colour that says a size and holds, by default, next to nothing."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = zlib.crc32(kind + data)
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(bytes(100))), chunk(b"IEND", b"")
+    head = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -59,7 +64,7 @@ def test_a_lossless_file_is_the_picture(kind: str, tmp_path: Path) -> None:
     picture = PICTURE if kind != "GIF" else PICTURE.quantize(64).convert("RGB")
     path = tmp_path / "picture"
     path.write_bytes(encode(picture, kind))
-    assert difference(read_image(path, "it"), picture) == 0
+    assert difference(read_image(read_bytes(path, "it"), "it"), picture) == 0
 
 
 @pytest.mark.parametrize(
@@ -73,6 +78,13 @@ def test_any_colours_become_rgb(kind: str, mode: str) -> None:
     assert found.mode == "RGB"
     # JPEG and WebP lose some of the drawing's sharp edges.
     assert difference(found, picture.convert("RGB")) < (12 if kind in ("JPEG", "WEBP") else 1)
+
+
+def test_colours_of_16_bits_keep_their_upper_ones() -> None:
+    picture = np.asarray(PICTURE)
+    lines = [b"\0" + (row * 256.0 + 200).astype(">u2").tobytes() for row in picture]
+    data = make_png(PICTURE.width, PICTURE.height, 16, b"".join(lines))
+    assert difference(read_image(data, "it"), PICTURE) == 0
 
 
 def test_an_inverted_cmyk_would_be_seen() -> None:
@@ -106,6 +118,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "large": (lambda: make_png(8200, 8200), "has 8200 x 8200 pixels; allowed are 67,108,864"),
     "cut-png": (lambda: encode(PICTURE, "PNG")[:600], "is a damaged picture"),
     "cut-jpeg": (lambda: encode(PICTURE, "JPEG")[:700], "is a damaged picture"),
+    "grey-16": (lambda: encode(draw_grey(), "PNG"), "has 16 bits of grey a pixel"),
     "hollow": (lambda: make_png(60, 40), "is a damaged picture"),
     **{
         f"animated-{kind}": (
@@ -130,14 +143,14 @@ def test_a_bad_picture_is_refused_in_a_sentence(which: str) -> None:
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="cannot be read: No such file"):
-        read_image(tmp_path / "none.png", "none.png")
+        read_bytes(tmp_path / "none.png", "none.png")
     with pytest.raises(Failure, match="cannot be read: Is a directory"):
-        read_image(tmp_path, "a folder")
+        read_bytes(tmp_path, "a folder")
     large = tmp_path / "large.png"
     with large.open("wb") as stream:
         stream.truncate(MOST_BYTES + 1)
     with pytest.raises(Failure, match="has more than the 67,108,864 bytes allowed"):
-        read_image(large, "large.png")
+        read_image(read_bytes(large, "large.png"), "large.png")
 
 
 def test_a_model_that_reads_text_only_says_so(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ class Hampered:
             raise RuntimeError(f"cannot encode {text}")
         return list(self._model.encode(text))
 
-    def generate(self, *arguments: Any) -> Iterator[tuple[int, str]]:
-        for count, item in enumerate(self._model.generate(*arguments)):
+    def generate(self, *arguments: Any, **seen: Any) -> Iterator[tuple[int, str]]:
+        for count, item in enumerate(self._model.generate(*arguments, **seen)):
             if count == self._fail_after:
                 raise RuntimeError("the engine broke")
             time.sleep(self._delay_s)

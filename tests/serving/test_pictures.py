@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,13 @@ from toolkit.build import build
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
 from toolkit.formats.onnx.recipe import OnnxQuantization, OnnxRecipe
+from toolkit.formats.openvino.recipe import OpenvinoQuantization, OpenvinoRecipe
 from toolkit.job import Options
+from toolkit.recipe import Recipe
 from toolkit.report import Report
 from toolkit.runner.generate import generate
+from toolkit.runner.serving.pictures import Eyes, FolderFile
+from toolkit.runner.serving.refusal import Refusal
 
 QUESTION = "What is shown?"
 TOKENS = 6
@@ -27,13 +32,16 @@ TOKENS = 6
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    source = Checkpoint.open(write_vision_checkpoint(folder / "source", crops=1))
     recipe = OnnxRecipe(
         name="sees", model="phi-3-vision", title="sees", context_length=2048,
         quantization=OnnxQuantization(precision="fp32", head="fp32", vision="fp32"),
         check=Limits(max_kl=1e-6),
     )  # fmt: skip
+    return build_small(recipe, tmp_path_factory.mktemp("pictures"))
+
+
+def build_small(recipe: Recipe, folder: Path) -> Path:
+    source = Checkpoint.open(write_vision_checkpoint(folder / "source", crops=1))
     return build(recipe, source, folder, Options(), Console(as_json=True), Report("sees"))
 
 
@@ -47,6 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw(100, 200, 2).save(outside / "secret.png")
     (inside / "link.png").symlink_to(outside / "secret.png")
     (inside / "text.png").write_text("no picture", encoding="utf-8")
+    (inside / "again.png").symlink_to("a b.png")
+    (inside / "loop.png").symlink_to("loop.png")
+    os.mkfifo(inside / "pipe.png")
     return inside
 
 
@@ -72,14 +83,35 @@ def ask(server: Server, *urls: str, **more: Any) -> Reply:
     return server.ask("POST", "/v1/chat/completions", body)
 
 
-@pytest.mark.parametrize("kind", ["data", "file"])
+@pytest.mark.parametrize("kind", ["data", "file", "link"])
 def test_the_answer_is_the_runners(kind: str, server: Server, artifact: Path, folder: Path) -> None:
     path = folder / "a b.png"
     expected = generate(artifact, QUESTION, TOKENS, lambda _: None, images=[path])
-    reply = ask(server, data_url(path) if kind == "data" else path.as_uri(), detail="high")
+    urls = {"data": data_url(path), "file": path.as_uri(), "link": f"file://{folder}/again.png"}
+    reply = ask(server, urls[kind], detail="high")
     assert reply.status == 200
     assert reply.text == expected["text"]
     assert reply.json["usage"]["prompt_tokens"] == expected["prompt_tokens"] > 300
+
+
+def test_an_openvino_artifact_answers_as_its_runner(folder: Path, tmp_path: Path) -> None:
+    """Its networks are run step by step; two pictures and a text alone go through one server."""
+    recipe = OpenvinoRecipe(
+        name="sees", model="phi-3-vision", title="sees", context_length=2048,
+        quantization=OpenvinoQuantization(precision="int4", group_size=32, vision="int8"),
+        check=Limits(max_kl=0.3, min_top1=0.4),
+    )  # fmt: skip
+    artifact, path = build_small(recipe, tmp_path), folder / "a b.png"
+    seen = generate(artifact, QUESTION, TOKENS, lambda _: None, images=[path, path])
+    plain = generate(artifact, "Hello", TOKENS, lambda _: None)
+    with serving(artifact, context_tokens=2048) as one:
+        for _ in range(2):
+            reply = ask(one, data_url(path), data_url(path))
+            assert reply.text == seen["text"]
+            assert reply.json["usage"]["prompt_tokens"] == seen["prompt_tokens"] > 600
+            assert one.chat("Hello", max_tokens=TOKENS).text == plain["text"]
+        refused = ask(one, *[data_url(path)] * 7)  # 313 tokens each, of 2,048
+        assert refused.error["code"] == "context_length_exceeded"
 
 
 def test_several_pictures_and_then_text_alone(server: Server, artifact: Path, folder: Path) -> None:
@@ -109,6 +141,8 @@ def test_several_pictures_and_then_text_alone(server: Server, artifact: Path, fo
         ("file://{folder}/link.png", "names no file of the folder"),
         ("file://{folder}/none.png", "names no file of the folder"),
         ("file://{folder}", "names no file of the folder"),
+        ("file://{folder}/pipe.png", "names no file of the folder"),
+        ("file://{folder}/loop.png", "names no file of the folder"),
         ("file://{folder}/a%00b.png", "names no file of the folder"),
         ("file://example.org{folder}/a%20b.png", "names no file of the folder"),
         ("file://[", "names no file of the folder"),
@@ -163,6 +197,25 @@ def test_files_are_for_servers_that_may_read_a_folder(artifact: Path, folder: Pa
         reply = ask(one, (folder / "a b.png").as_uri())
     assert reply.status == 400
     assert "names a file, which this server does not read" in reply.error["message"]
+
+
+def test_a_name_that_became_another_files_is_not_read(folder: Path, tmp_path: Path) -> None:
+    """Between a request and its turn somebody puts a link, or a folder's, in a file's place."""
+    inside = tmp_path / "inside"
+    (inside / "below").mkdir(parents=True)
+    (inside / "below" / "one.png").write_bytes(b"one")
+    (tmp_path / "one.png").write_bytes(b"secret")
+    eyes = Eyes(inside)
+    url = (inside / "below" / "one.png").as_uri()
+    for _ in range(2):
+        eyes.take({"type": "image_url", "image_url": {"url": url}}, "here")
+    first, second = (one for one in eyes.found if isinstance(one, FolderFile))
+    assert first.read() == b"one"
+    (inside / "below" / "one.png").unlink()
+    (inside / "below").rmdir()
+    (inside / "below").symlink_to(tmp_path)
+    with pytest.raises(Refusal, match="here: its url names no file of the folder"):
+        second.read()
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(server: Server) -> None:

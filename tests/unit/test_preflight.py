@@ -111,6 +111,27 @@ def test_an_engine_that_imports_needs_no_wheels(noise: Manifest) -> None:
     assert "phiship needs 3.9" in str(refusal(change(facts, python="3.8.10"), manifest))
 
 
+@pytest.mark.parametrize(
+    ("companions", "installs", "verdict", "text"),
+    [
+        (("pillow",), False, "ok", "can be imported"),
+        ((), False, "refused", "pillow, which this artifact needs beside it, is missing in"),
+        ((), True, "ok", "pillow beside it comes with this push"),
+    ],
+)
+def test_what_an_artifact_needs_beside_its_engine(
+    companions: tuple[str, ...], installs: bool, verdict: str, text: str, noise: Manifest
+) -> None:
+    manifest = make_manifest(noise, "phi-3.5-vision-onnx-cpu-int4")
+    own = engine(
+        package="onnxruntime-genai", importable=True, version="0.18.0", companions=companions
+    )
+    facts = change(load_facts("pi-5-16gb"), engine=own)
+    finding = find(facts, manifest, "engine", installs=installs)
+    assert (finding.verdict, text in finding.text) == (verdict, True), finding
+    assert ("pip install pillow" in finding.advice) == (verdict == "refused")
+
+
 def test_a_missing_engine_that_is_installed_with_this_push_is_no_obstacle(noise: Manifest) -> None:
     manifest = make_manifest(noise, f"{MODEL}-gguf-q4_0")
     missing = engine(is_installed=False, error="No module named 'xllamacpp'")

@@ -186,7 +186,11 @@ def _read_budget(max_size: int | None, max_kl: float | None, is_for_all: bool) -
     show_default=True,
     help="Tokens of the text to read, at most.",
 )
-@click.option("--length", type=click.IntRange(2), help="Tokens of a sequence; at most 512 without.")
+@click.option(
+    "--length",
+    type=click.IntRange(2),
+    help="Tokens of a sequence; without, 512, or more where attention is block-sparse.",
+)
 @click.option(
     "--details",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -26,7 +26,7 @@ port_option = click.option(
 @click.option("--prompt", help="Answer this one question instead of a conversation.")
 @click.option(
     "--image", "images", multiple=True, type=click.Path(path_type=Path),
-    help="With --prompt: a picture that it is about; may be given more than once (artifacts).",
+    help="With --prompt: a picture that it is about; may be given more than once.",
 )  # fmt: skip
 @click.option("--serve", is_flag=True, help="Answer OpenAI's API over HTTP instead (artifacts).")
 @click.option(
@@ -53,16 +53,21 @@ def run_command(
     PLACE is an artifact's folder, or a device with a release in use.
     """
     from toolkit.artifact import MANIFEST
-    from toolkit.serve import answer_once, chat_with, run_here
+    from toolkit.serve import answer_once, ask_about, chat_with, run_here
 
     is_here = (Path(place) / MANIFEST).is_file()
     answering = _name_options(max_tokens=max_tokens, temperature=temperature, seed=seed)
     settings = _name_options(**given)
-    if images and (prompt is None or not is_here):
-        raise click.UsageError("--image goes with --prompt, and with an artifact's folder")
+    if images and prompt is None:
+        raise click.UsageError("--image goes with --prompt")
     if image_folder and (not serve or prompt is not None):
         raise click.UsageError("--image-folder goes with --serve")
-    if prompt is not None:
+    if prompt is not None and images and not is_here:
+        ask_about(
+            place, prompt, images, Console(as_json=as_json), system=system, max_tokens=max_tokens,
+            temperature=temperature, seed=seed, settings=settings, devices_file=devices,
+        )  # fmt: skip
+    elif prompt is not None:
         pictures = [word for image in images for word in ("--image", str(image.absolute()))]
         words = ["--system", system, *pictures, *answering, *settings]
         answer_once(place, prompt, words, Console(as_json=as_json), devices)

@@ -1,5 +1,6 @@
 """The engine: whether it imports there, or whether wheels of it fit system and Python."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toolkit.artifact import Manifest
@@ -71,16 +72,21 @@ def check_engine(facts: Facts, manifest: Manifest, *, installs: bool) -> Finding
     """The engine imports, or there are wheels of it; how its import ended, when it is there."""
     engine, runtime = facts.engine, manifest.runtime
     wheels = check_wheels(facts, runtime.package)
+    is_brought = installs and wheels.verdict != "refused"
     if engine is not None and engine.importable:
+        missing = engine.list_missing(runtime.companions)
+        if missing and not is_brought:
+            return _explain_missing(facts, engine, missing)
         if is_same_version(engine.version, runtime.version) or not engine.version:
-            return Finding("engine", "ok", f"{engine.package} {engine.version} can be imported")
+            text = f"{engine.package} {engine.version} can be imported"
+            rest = f"; {' and '.join(missing)} beside it comes with this push" if missing else ""
+            return Finding("engine", "ok", text + rest)
         text = f"{engine.package} {engine.version} is there; it was checked with {runtime.version}"
-        is_brought = installs and wheels.verdict != "refused"
         return Finding("engine", "ok" if is_brought else "warning", text)
     if engine is None:
         return wheels
     if engine.is_installed:
-        return _explain_import(facts, engine, is_replaced=installs and wheels.verdict != "refused")
+        return _explain_import(facts, engine, is_replaced=is_brought)
     if wheels.verdict == "refused" or installs:
         return _check_venv(facts, wheels)
     return Finding(
@@ -89,6 +95,18 @@ def check_engine(facts: Facts, manifest: Manifest, *, installs: bool) -> Finding
         f"{facts.python_path} cannot import {engine.module}: {engine.error}",
         f"install it on the device: {facts.python_path} -m pip install "
         f"{runtime.package}=={runtime.version}, or {ANOTHER_PYTHON}",
+    )
+
+
+def _explain_missing(facts: Facts, engine: EngineFacts, missing: Sequence[str]) -> Finding:
+    """An engine that is there without what the artifact needs beside it."""
+    return Finding(
+        "engine",
+        "refused",
+        f"{engine.package} {engine.version} can be imported, and {' and '.join(missing)}, which "
+        f"this artifact needs beside it, is missing in {facts.python_path}",
+        f"install it on the device: {facts.python_path} -m pip install {' '.join(missing)}, or "
+        f"{ANOTHER_PYTHON}",
     )
 
 

@@ -1,4 +1,4 @@
-"""Up to which length an artifact agrees with its source: windows, and the switch of LongRoPE."""
+"""Up to which length an artifact agrees with its source: windows, blocks, LongRoPE's switch."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +24,13 @@ LEAST_JUDGED = 100
 
 
 def find_switches(decoder: Decoder, length: int) -> list[int]:
-    """Lengths below `length` up to which something holds: the window, LongRoPE's short factors."""
+    """Lengths below `length` up to which something holds.
+
+    The window, LongRoPE's short factors, the local blocks of block-sparse attention.
+    """
     original = decoder.rope.original_context if decoder.rope.is_long else None
-    return sorted({one for one in (decoder.window, original) if one and one < length})
+    local = decoder.sparse.local_tokens if decoder.sparse else None
+    return sorted({one for one in (decoder.window, original, local) if one and one < length})
 
 
 def measure_ranges(
@@ -44,7 +48,8 @@ def measure_ranges(
     bounds = [0, *find_switches(decoder, length), length]
     if len(bounds) == 2:
         return ()
-    cuts = bounds[1:] if decoder.rope.is_long else [length] * (len(bounds) - 1)
+    short = min(length, decoder.rope.original_context) if decoder.rope.is_long else length
+    cuts = [short if after <= short else length for after in bounds[1:]]
     parts = [
         select_positions(measure(cut), cut, before, after)
         for cut, (before, after) in zip(cuts, pairwise(bounds), strict=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MOST_PICTURES = 16  # of one question
 MOST_BYTES = 1 << 26
 MOST_PIXELS = 1 << 26  # 8192 x 8192; decoded they take 268 MB
 # Phones write JPEGs with a preview behind the picture, which Pillow counts as a frame.
@@ -52,13 +53,16 @@ class Grid:
     offset: tuple[int, int]
 
 
-def read_image(source: Path | bytes, where: str) -> Image:
-    """Open one picture, upright and in RGB; Failure `request` says what is wrong with it.
+def read_image(data: bytes, where: str) -> Image:
+    """Open one picture's file, upright and in RGB; Failure `request` says what is wrong with it.
 
     Its size is judged before a pixel is decoded.
     """
     pillow = import_pillow()
-    data = _read_bytes(source, where)
+    if not data:
+        raise _refuse(where, "is empty")
+    if len(data) > MOST_BYTES:
+        raise _refuse(where, f"has more than the {MOST_BYTES:,} bytes allowed")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's own limit, which is above ours
@@ -78,12 +82,14 @@ def read_image(source: Path | bytes, where: str) -> Image:
 
 
 def prepare_files(paths: Sequence[Path], vision: Vision | None, name: str) -> Pixels:
-    """Read files and cut them; Failure when `name`, the artifact, reads no pictures."""
+    """Read files and cut them; Failure when `name`, the artifact, reads none, or not so many."""
     if vision is None:
         raise Failure(
             "request", f"{name} reads no pictures", "take an artifact of a model that does"
         )
-    return prepare((read_image(path, str(path)) for path in paths), vision)
+    if len(paths) > MOST_PICTURES:
+        raise Failure("request", f"{len(paths)} pictures; a question can have {MOST_PICTURES}")
+    return prepare((read_image(read_bytes(one, str(one)), str(one)) for one in paths), vision)
 
 
 def import_pillow() -> Any:
@@ -99,20 +105,13 @@ def import_pillow() -> Any:
     return Image
 
 
-def _read_bytes(source: Path | bytes, where: str) -> bytes:
-    if isinstance(source, bytes):
-        data = source
-    else:
-        try:
-            with source.open("rb") as stream:
-                data = stream.read(MOST_BYTES + 1)
-        except OSError as error:
-            raise _refuse(where, f"cannot be read: {error.strerror}") from None
-    if not data:
-        raise _refuse(where, "is empty")
-    if len(data) > MOST_BYTES:
-        raise _refuse(where, f"has more than the {MOST_BYTES:,} bytes allowed")
-    return data
+def read_bytes(path: Path, where: str) -> bytes:
+    """Return a file, or as much of it as shows that it is too large; Failure `request`."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise _refuse(where, f"cannot be read: {error.strerror}") from None
 
 
 def _check(picture: Image, where: str) -> None:
@@ -123,6 +122,9 @@ def _check(picture: Image, where: str) -> None:
         raise _refuse(where, f"has {width} x {height} pixels; allowed are {MOST_PIXELS:,} in all")
     if picture.format not in STILL and getattr(picture, "is_animated", False):
         raise _refuse(where, "is animated")
+    if picture.mode.startswith("I"):
+        # To RGB, as the source has it, Pillow cuts them off at 255: all but black is white.
+        raise _refuse(where, "has 16 bits of grey a pixel; allowed are 8: save it so")
 
 
 def _make_upright(picture: Image) -> Image:

@@ -95,11 +95,11 @@ def find_fitting(installed: Mapping[str, Installed], runtime: Runtime, facts: Fa
 def fits(engine: EngineFacts | None, runtime: Runtime) -> bool:
     """Tell whether an engine that is there already is the one the artifact was checked with.
 
-    Of companions nothing is known there, so that none is taken for whole that needs some.
+    With all that the artifact needs beside it, as far as that is known.
     """
     return (
         engine is not None
-        and not runtime.companions
+        and not engine.list_missing(runtime.companions)
         and engine.importable
         and engine.package == runtime.package
         and is_same_version(engine.version, runtime.version)

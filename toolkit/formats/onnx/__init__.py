@@ -159,7 +159,8 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         package="onnxruntime-genai-cuda" if is_cuda else "onnxruntime-genai",
         main_file="model.onnx",
         kv_bytes_per_token=decoder.kv_bytes_per_token(2 if recipe.io_dtype == "float16" else 4),
-        overhead_bytes=OVERHEAD_BYTES[recipe.provider] + vision.count_memory(recipe, decoder),
+        overhead_bytes=OVERHEAD_BYTES[recipe.provider]
+        + vision.count_memory(recipe, decoder, context_length),
         valid_context=(1, context_length),
         notes=tuple(notes),
         properties=properties,

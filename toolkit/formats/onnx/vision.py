@@ -5,7 +5,6 @@ out; then input_ids, below 0 where a picture stands, and image_features in, inpu
 """
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,9 @@ VISION_FILE = "vision.onnx"
 TYPE = "phi3v"  # of model, for onnxruntime-genai
 EMBEDDING_FILE = "embedding.onnx"
 DEFAULT = "int8"  # of the tower's matrices
-# Resident while a picture of 16 crops goes through layers of CLIP-L's width; two take twice that.
-LEAST_TEXT = 160
-PICTURE_BYTES = 650_000_000
+# Resident while crops go through layers of CLIP-L's width, for each: 650 MB for 16 and the whole.
+# onnxruntime-genai gives the tower all pictures of a prompt at once.
+CROP_BYTES = 39_000_000
 EXTENSIONS = "com.microsoft.extensions"
 TAPS = 4
 WIDER_BYTES = 2  # of a weight that is float16 in the file and float32 in memory
@@ -61,31 +60,21 @@ def check_vision(recipe: OnnxRecipe, decoder: Decoder) -> None:
         )
 
 
-def count_memory(recipe: OnnxRecipe, decoder: Decoder) -> int:
-    """Bytes that seeing takes beside the stored weights; onnxruntime widens fp16 when it loads."""
+def count_memory(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> int:
+    """Bytes that seeing takes beside the stored weights: as many pictures as the context holds.
+
+    onnxruntime widens fp16 when it loads.
+    """
     if decoder.vision is None:
         return 0
-    shapes = decoder.vision.shapes()
     is_widened = recipe.quantization.vision == "fp16"
-    matrices = [prod(shapes[name]) for name in decoder.vision.list_used() if len(shapes[name]) == 2]
-    return PICTURE_BYTES + (WIDER_BYTES * sum(matrices) if is_widened else 0)
-
-
-def count_least(vision: VisionEncoder) -> int:
-    """Tokens of two crops, the whole picture, their separators, and a text: the gate's question."""
-    side = vision.side
-    return 3 * side * side + 3 * side + 1 + LEAST_TEXT
+    widened_bytes = WIDER_BYTES * decoder.vision.count_weights() if is_widened else 0
+    return CROP_BYTES * decoder.vision.count_crops(context_length) + widened_bytes
 
 
 def check_context(recipe: OnnxRecipe, decoder: Decoder, context_length: int) -> None:
-    """PlanError for a context that holds no picture, or hides LongRoPE's switch from the runner."""
+    """PlanError for a context that hides LongRoPE's switch from the runner."""
     original, rope = decoder.rope.original_context, decoder.rope
-    if decoder.vision and context_length < (least := count_least(decoder.vision)):
-        raise PlanError(
-            f"{recipe.name}: context_length: got {context_length}; a picture with a text takes "
-            f"{least} tokens and more",
-            advice=f"set context_length to {least} or more, or give --context",
-        )
     if decoder.vision and rope.is_long and context_length > original != SWITCHES[TYPE]:
         raise PlanError(
             f"{recipe.name}: context_length: got {context_length}; LongRoPE's long factors hold "

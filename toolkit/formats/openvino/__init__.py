@@ -149,7 +149,7 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         )
     properties, more_bytes = {}, 0
     if decoder.vision:
-        more_bytes = vision.PICTURE_BYTES
+        more_bytes = vision.count_memory(recipe, decoder, context_length)
         notes.append(vision.NOTE)
     if decoder.sparse:
         properties, more_bytes = sparse.PROPERTIES, sparse.count_mask_bytes(decoder, context_length)

@@ -24,8 +24,11 @@ DEFAULT: Kind = "int8"  # of the tower's matrices
 # openvino-genai's versions that exchange a picture's height and width where they lay out its crops:
 # seen with these. The projector puts that right, and would put a right layout wrong.
 EXCHANGING = ("2026.4.1",)
-# Not measured here: what onnxruntime takes for 16 crops at once. The runner looks at one at a time.
-PICTURE_BYTES = 650_000_000
+# Measured with CLIP-L's width. The runner looks at one crop at a time, which takes 61 MB; of each
+# it keeps pixels, merged patches and features, 7.2 MB, and some copies.
+LOOKING_BYTES = 70_000_000
+CROP_BYTES = 10_000_000
+WIDER_BYTES = 2  # of a weight of the tower that is float16 in the file and float32 in memory
 NOTE = (
     f"the projector undoes what VLMPipeline of openvino-genai {', '.join(EXCHANGING)} does to "
     "crops; for that pipeline take no other version"
@@ -48,6 +51,14 @@ def check_vision(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
             f"{recipe.name}: provider: got {recipe.provider}; a model that reads pictures was run "
             "on CPUs only; allowed cpu"
         )
+
+
+def count_memory(recipe: OpenvinoRecipe, decoder: Decoder, context_length: int) -> int:
+    """Bytes that seeing takes beside the stored weights: as many pictures as the context holds."""
+    vision = _eyes(decoder)
+    is_widened = recipe.quantization.vision == "f16"
+    widened_bytes = WIDER_BYTES * vision.count_weights() if is_widened else 0
+    return LOOKING_BYTES + CROP_BYTES * vision.count_crops(context_length) + widened_bytes
 
 
 def lay_out(recipe: OpenvinoRecipe, decoder: Decoder) -> DataFile:

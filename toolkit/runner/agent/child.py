@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -148,11 +148,15 @@ def find_python(artifact: Path) -> list[str]:
     return [str(own), "-I"] if (artifact / RUNTIME).is_symlink() else [sys.executable]
 
 
-# Two lines of JSON, the first before anything can crash; engines may print in between.
+# Lines of JSON, all but the last before anything can crash; engines may print in between.
 IMPORT_PROGRAM = """
 import importlib, importlib.metadata, importlib.util, json, sys
-name = sys.argv[1]
-print(json.dumps({"is_installed": importlib.util.find_spec(name) is not None}), flush=True)
+name, *beside = sys.argv[1:]
+print(json.dumps({"is_installed": importlib.util.find_spec(name) is not None}))
+for package in beside:
+    if list(importlib.metadata.distributions(name=package)):
+        print(json.dumps({"companion": package}))
+sys.stdout.flush()
 version = getattr(importlib.import_module(name), "__version__", "")
 try:
     version = str(version) or importlib.metadata.version(name)
@@ -162,12 +166,16 @@ print(json.dumps({"version": version}))
 """
 
 
-def import_engine(module: str, python: str = sys.executable) -> dict[str, Any]:
+def import_engine(
+    module: str, python: str = sys.executable, companions: Sequence[str] = ()
+) -> dict[str, Any]:
     """Import an engine's module; some wheels die there with an illegal instruction.
 
-    `is_installed` tells one that is there and fails from one that is missing.
+    `is_installed` tells one that is there and fails from one that is missing; `companions` are
+    those of the packages asked for that this Python has.
     """
-    done = run_child([python, "-B", "-c", IMPORT_PROGRAM, module], b"", IMPORT_TIMEOUT_S)
+    command = [python, "-B", "-c", IMPORT_PROGRAM, module, *companions]
+    done = run_child(command, b"", IMPORT_TIMEOUT_S)
     version = re.search(r'^{"version": "(.*)"}$', done["stdout"], re.MULTILINE)
     importable = done["code"] == 0 and version is not None
     is_installed = '{"is_installed": true}' in done["stdout"]
@@ -181,6 +189,7 @@ def import_engine(module: str, python: str = sys.executable) -> dict[str, Any]:
         "version": version.group(1) if importable and version else "",
         "signal": done["signal"],
         "error": "" if importable else error,
+        "companions": re.findall(r'^{"companion": "(.*)"}$', done["stdout"], re.MULTILINE),
     }
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
@@ -106,12 +106,14 @@ def _lock(agent: Agent, owner: str) -> dict[str, Any]:
     return recovered
 
 
-def _facts(agent: Agent, engine: str = "", python: str = sys.executable) -> dict[str, Any]:
+def _facts(
+    agent: Agent, engine: str = "", python: str = sys.executable, companions: Sequence[str] = ()
+) -> dict[str, Any]:
     found = facts.read_facts(agent.layout)
     found["service_memory_bytes"] = service.read_service(agent.layout)["memory_bytes"]
     if engine:
         module = engines.find_engine(engine)
-        imported = child.import_engine(module.MODULE, python)
+        imported = child.import_engine(module.MODULE, python, companions)
         if not imported["importable"]:
             imported.update(_find_program(module))
         found["engine"] = {"package": module.PACKAGE, **imported}

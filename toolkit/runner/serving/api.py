@@ -7,13 +7,12 @@ refused, as OpenAI does: a misspelt limit that is passed over costs minutes on a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ..chat import render_chat
 from ..manifest import Chat
 from ..settings import GREEDY, Sampling
-from .pictures import Eyes
+from .pictures import Eyes, FolderFile
 from .refusal import refuse
 from .strict import show
 
@@ -85,7 +84,7 @@ class Asked:
     is_chat: bool
     streams: bool
     includes_usage: bool
-    pictures: tuple[bytes | Path, ...] = ()
+    pictures: tuple[bytes | FolderFile, ...] = ()
 
     @property
     def prompt_field(self) -> str:

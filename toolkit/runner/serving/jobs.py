@@ -93,7 +93,8 @@ class Line:
         with self._changed:
             is_busy = self._running is not None or bool(self._waiting)
             if is_busy and len(self._waiting) >= self._queue_size:
-                raise self._refuse_busy()
+                what = f"{len(self._waiting)} requests wait already"
+                raise self.refuse_busy(what, "queue_full")
             job = Job(asked)
             self._waiting.append(job)
             self._changed.notify()
@@ -126,13 +127,14 @@ class Line:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _refuse_busy(self) -> Refusal:
+    def refuse_busy(self, what: str, code: str) -> Refusal:
+        """Return a 429 that says when to come again: when those in line have their answers."""
         wait_s = self._metrics.answer_s * (len(self._waiting) + 1)
         seconds = min(max(math.ceil(wait_s), RETRY_S[0]), RETRY_S[1])
         return Refusal(
             429,
-            f"{len(self._waiting)} requests wait already; try again in {seconds} s",
-            code="queue_full",
+            f"{what}; try again in {seconds} s",
+            code=code,
             headers=(("Retry-After", str(seconds)),),
         )
 
@@ -207,7 +209,8 @@ class Line:
             return encode_text(self._loaded, asked.text), None
         # One at a time: decoded, a picture takes much more than its crops.
         pictures = (
-            read_image(one, f"picture {number}") for number, one in enumerate(asked.pictures, 1)
+            read_image(one if isinstance(one, bytes) else one.read(), f"picture {number}")
+            for number, one in enumerate(asked.pictures, 1)
         )
         pixels = prepare(pictures, vision)
         return encode_pictures(self._loaded, asked.text, pixels.counts), pixels

@@ -90,15 +90,16 @@ async def _check_and_answer(exchange: Exchange, head: Head, service: Service) ->
     if not route.is_open:
         service.check_token(head)
     route.check_method(head)
-    body = await exchange.connection.read_body(head)
-    exchange.keeps_alive = may_follow and not service.is_stopping
-    if service.is_stopping and not route.is_open:
-        raise refuse_stopping()
-    service.busy += 1
-    try:
-        await route.answer(Call(exchange, service, name, body))
-    finally:
-        service.busy -= 1
+    with service.bodies.holding() as announce:
+        body = await exchange.connection.read_body(head, announce)
+        exchange.keeps_alive = may_follow and not service.is_stopping
+        if service.is_stopping and not route.is_open:
+            raise refuse_stopping()
+        service.busy += 1
+        try:
+            await route.answer(Call(exchange, service, name, body))
+        finally:
+            service.busy -= 1
 
 
 def _note(exchange: Exchange, head: Head, service: Service, seconds: float) -> None:

@@ -12,6 +12,7 @@ from ..loading import Loaded
 from ..memory import read_peak_memory_bytes
 from .answers import Frame
 from .api import Asked
+from .bodies import Bodies
 from .jobs import Line
 from .metrics import Metrics
 from .options import ServeOptions, is_loopback
@@ -22,7 +23,10 @@ from .wire import Head
 
 @dataclass
 class Service:
-    """A model on offer; `connections` are open, `busy` of their requests are being answered."""
+    """A model on offer; `connections` are open, `busy` of their requests are being answered.
+
+    `bodies` are what all of them hold.
+    """
 
     loaded: Loaded
     options: ServeOptions
@@ -35,6 +39,10 @@ class Service:
 
     def __post_init__(self) -> None:
         """Two servers of one fingerprint give the same answer to the same seed."""
+        limits = self.options.limits
+        # One body always fits, when there is no other.
+        held_bytes = max(limits.held_bytes, limits.body_bytes)
+        self.bodies = Bodies(held_bytes, self.line.refuse_busy)
         digest = hashlib.sha256((self.loaded.artifact / "manifest.json").read_bytes())
         digest.update(f"{self.loaded.engine} {self.loaded.settings}".encode())
         self._fingerprint = f"fp_{digest.hexdigest()[:12]}"
@@ -97,6 +105,7 @@ class Service:
         gauges = {
             "queue_depth": ("Requests that wait for their turn.", float(self.line.depth)),
             "connections": ("Open connections.", float(self.connections)),
+            "body_bytes": ("What requests under way hold.", float(self.bodies.held_bytes)),
             "peak_memory_bytes": ("The most memory this process ever had.", peak),
             "load_seconds": ("What loading the model took.", self.loaded.load_seconds),
             "context_tokens": ("Room for prompt and answer.", float(self.context_tokens)),

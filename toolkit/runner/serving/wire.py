@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TypeVar
 
+from .bodies import Announce
 from .options import Limits
 from .refusal import Gone, Refusal, refuse
 
@@ -93,8 +94,11 @@ class Connection:
         head = await _within(self._limits.head_s, reading, "the request's head")
         return parse_head(head.lstrip(b"\r\n"))  # some clients end a body with an empty line
 
-    async def read_body(self, head: Head) -> bytes:
-        """Return a request's body, as it is announced: by its length, or in chunks."""
+    async def read_body(self, head: Head, announce: Announce) -> bytes:
+        """Return a request's body, as it is announced: by its length, or in chunks.
+
+        `announce` is told of bytes before they are read, and may raise Refusal.
+        """
         coding, length = head.fields.get("transfer-encoding"), head.fields.get("content-length")
         if coding is None and length is None:
             return b""
@@ -103,9 +107,10 @@ class Connection:
         if coding is not None and coding.lower() != "chunked":
             raise Refusal(501, "the only Transfer-Encoding spoken here is chunked")
         size = None if length is None else self._parse_length(length)
+        announce(size or 0)
         if head.fields.get("expect", "").lower() == "100-continue":
             await self.send_bytes(b"HTTP/1.1 100 Continue\r\n\r\n")
-        reading = self._read_chunks() if size is None else self._read_exactly(size)
+        reading = self._read_chunks(announce) if size is None else self._read_exactly(size)
         return await _within(self._limits.body_s, reading, "the request's body")
 
     async def wait_gone(self) -> None:
@@ -175,7 +180,7 @@ class Connection:
         del self._ahead[:size]
         return data
 
-    async def _read_chunks(self) -> bytes:
+    async def _read_chunks(self, announce: Announce) -> bytes:
         body, damaged = bytearray(), refuse("the body's chunks are damaged")
         while True:
             line = await self._read_until(b"\r\n", 1024, damaged)
@@ -187,6 +192,7 @@ class Connection:
                 raise self._too_large()
             if size == 0:
                 break
+            announce(size)
             body += await self._read_exactly(size)
             if await self._read_exactly(2) != b"\r\n":
                 raise damaged
