@@ -47,16 +47,21 @@ class Shape:
     sliding_window: int = 2047
     vocabulary: int = 32064
     experts: int = 0
+    has_tower: bool = False
 
     @property
     def is_long(self) -> bool:
         return self.context > 4096
 
 
+ROOT = "model.vision_embed_tokens."  # of pictures, in Phi-3.5-vision
+TOWER_WIDTH, TOWER_INNER, TOWER_LAYERS = 1024, 4096, 24  # CLIP ViT-L/14 of 336 pixels
+
 SHAPES = {
     "mini": Shape(),
     "medium": Shape(hidden=5120, inner=17920, layers=40, heads=40, kv_heads=10),
     "phi-3.5-mini": Shape(context=131072, sliding_window=262144),
+    "phi-3.5-vision": Shape(context=131072, sliding_window=131072, has_tower=True),
     "phi-3.5-moe": Shape(
         hidden=4096, inner=6400, kv_heads=8, context=131072, sliding_window=131072, experts=16
     ),
@@ -135,6 +140,8 @@ def write_checkpoint(folder: Path, shape: Shape, std: float, seed: int) -> int:
     write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "generation_config.json", generation_config())
     write_json(folder / "config.json", model_config(shape))
+    if shape.has_tower:
+        write_json(folder / "preprocessor_config.json", preprocessor_config())
     return total_bytes
 
 
@@ -153,10 +160,12 @@ def plan_shards(shape: Shape) -> list[list[Tensor]]:
 
 
 def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the name and shape of every tensor of a Phi3ForCausalLM or PhiMoEForCausalLM."""
+    """Yield the name and shape of every tensor of a Phi-3, a Phi-3.5-vision or a Phi-3.5-MoE."""
     if shape.experts:
         yield from moe_shapes(shape)
         return
+    if shape.has_tower:
+        yield from tower_shapes(shape)
     hidden, inner = shape.hidden, shape.inner
     qkv = (shape.heads + 2 * shape.kv_heads) * (hidden // shape.heads)
     yield "model.embed_tokens.weight", (shape.vocabulary, hidden)
@@ -170,6 +179,30 @@ def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield prefix + "self_attn.qkv_proj.weight", (qkv, hidden)
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (shape.vocabulary, hidden)
+
+
+def tower_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the same of what looks at pictures: CLIP, two separators and a projector."""
+    clip, width = f"{ROOT}img_processor.vision_model.", TOWER_WIDTH
+    yield f"{clip}embeddings.class_embedding", (width,)
+    yield f"{clip}embeddings.patch_embedding.weight", (width, 3, 14, 14)
+    yield f"{clip}embeddings.position_embedding.weight", (577, width)
+    modules: dict[str, tuple[int, ...]] = {f"{clip}pre_layrnorm": (width,)}
+    for layer in range(TOWER_LAYERS):
+        prefix = f"{clip}encoder.layers.{layer}."
+        modules |= {f"{prefix}layer_norm{number}": (width,) for number in (1, 2)}
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            modules[f"{prefix}self_attn.{part}"] = (width, width)
+        modules[f"{prefix}mlp.fc1"] = (TOWER_INNER, width)
+        modules[f"{prefix}mlp.fc2"] = (width, TOWER_INNER)
+    modules[f"{clip}post_layernorm"] = (width,)
+    modules[f"{ROOT}img_projection.0"] = (shape.hidden, 4 * width)
+    modules[f"{ROOT}img_projection.2"] = (shape.hidden, shape.hidden)
+    for module, sizes in modules.items():
+        yield f"{module}.weight", sizes
+        yield f"{module}.bias", sizes[:1]
+    yield f"{ROOT}glb_GN", (1, 1, 4 * width)
+    yield f"{ROOT}sub_GN", (1, 1, 1, 4 * width)
 
 
 def moe_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -215,7 +248,40 @@ def write_shard(file: BinaryIO, tensors: list[Tensor], noise: Noise) -> None:
 
 def model_config(shape: Shape) -> dict[str, Any]:
     """Return config.json with the keys and spellings of the published one."""
-    return {**phi3_config(shape), **(moe_config(shape) if shape.experts else {})}
+    more = moe_config(shape) if shape.experts else vision_config() if shape.has_tower else {}
+    return {**phi3_config(shape), **more}
+
+
+def vision_config() -> dict[str, Any]:
+    """What Phi-3.5-vision says beside or instead."""
+    return {
+        "architectures": ["Phi3VForCausalLM"],
+        "model_type": "phi3_v",
+        "embd_layer": {
+            "embedding_cls": "image",
+            "hd_transform_order": "sub_glb",
+            "projection_cls": "mlp",
+            "use_hd_transform": True,
+            "with_learnable_separator": True,
+        },
+        "img_processor": {
+            "image_dim_out": TOWER_WIDTH,
+            "model_name": "openai/clip-vit-large-patch14-336",
+            "name": "clip_vision_model",
+            "num_img_tokens": 144,
+        },
+    }
+
+
+def preprocessor_config() -> dict[str, Any]:
+    return {
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_processor_type": "Phi3VImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "num_crops": 4,
+        "num_img_tokens": 144,
+        "processor_class": "Phi3VProcessor",
+    }
 
 
 def moe_config(shape: Shape) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """OpenVINO artifacts that see: features, logits and answers are the source's."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from toolkit.errors import PlanError
 from toolkit.formats import openvino as format_
 from toolkit.formats.openvino.recipe import OpenvinoQuantization, OpenvinoRecipe
 from toolkit.formats.openvino.session import EXACT, SeeingSession
+from toolkit.formats.openvino.tokenizer import write_tokenizer
 from toolkit.plan import make_plan
 from toolkit.quality.vision import run_tower
 from toolkit.runner.engines import openvino_genai as engine
@@ -32,6 +34,20 @@ def make_recipe(*, provider: Any = "cpu", **changes: Any) -> OpenvinoRecipe:
         name="sees", model="x", title="x", context_length=4096, provider=provider,
         quantization=OpenvinoQuantization(**settings),
     )  # fmt: skip
+
+
+def test_rotary_settings_that_transformers_cannot_read_do_not_matter(tmp_path: Path) -> None:
+    """transformers is asked for the tokenizer alone; `longrope` of an unknown type stops it."""
+    folder = write_vision_checkpoint(tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["rope_scaling"]["type"] = "longrope"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    out = tmp_path / "out"
+    out.mkdir()
+    write_tokenizer(Checkpoint.open(folder), out)
+    assert {path.name for path in out.iterdir()} == {
+        f"openvino_{part}tokenizer.{ending}" for part in ("", "de") for ending in ("xml", "bin")
+    }
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """The tokenizer as networks that openvino-genai runs, made by openvino_tokenizers."""
 
+import json
 import multiprocessing
 import os
 import re
 import signal
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -15,6 +17,9 @@ from toolkit.errors import BuildError, CheckpointError, require
 COUNTED = re.compile(r"Result_\d+")
 # The conversion takes 100 MB beside what a build has: a large vocabulary gets a process for it.
 ALONE_FROM_BYTES = 1 << 20
+# All that transformers reads of config.json: with it a tokenizer.json is taken as it is. What a
+# checkpoint's own says may be a type, or rotary settings, that transformers stumbles over.
+CONFIG = {"model_type": "phi3"}
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
@@ -22,17 +27,22 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 
     CheckpointError when the tokenizer cannot be read or has something that they cannot express.
     """
-    contents, source = checkpoint.tokenizer_contents(), checkpoint.folder
-    if checkpoint.made_tokenizer:
-        checkpoint.write_tokenizer(folder)
-        source = folder
-    if sum(map(len, contents.values())) < ALONE_FROM_BYTES:
-        _convert(source, folder)
-        return
+    with tempfile.TemporaryDirectory() as name:
+        scratch, where = Path(name), str(checkpoint.folder)
+        checkpoint.write_tokenizer(scratch)
+        size_bytes = sum(path.stat().st_size for path in scratch.iterdir())
+        (scratch / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        if size_bytes < ALONE_FROM_BYTES:
+            _convert(scratch, folder, where)
+        else:
+            _convert_alone(scratch, folder, where)
+
+
+def _convert_alone(source: Path, folder: Path, where: str) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
-            pool.submit(_convert, source, folder).result()
+            pool.submit(_convert, source, folder, where).result()
         except BrokenProcessPool as error:
             raise BuildError(
                 "the process that converts the tokenizer was killed",
@@ -40,15 +50,16 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
             ) from error
 
 
-def _convert(source: Path, folder: Path) -> None:
+def _convert(source: Path, folder: Path, where: str) -> None:
+    """Convert the files in `source`; errors speak of `where`."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss torch aloud
     openvino, converter = require("openvino"), require("openvino_tokenizers")
-    tokenizer = _read(source)
+    tokenizer = _read(source, where)
     try:
         networks = converter.convert_tokenizer(tokenizer, with_detokenizer=True)
     except Exception as error:  # whatever a tokenizer's part raises
         raise CheckpointError(
-            f"{source}: openvino_tokenizers cannot convert the tokenizer: {error}"
+            f"{where}: openvino_tokenizers cannot convert the tokenizer: {error}"
         ) from error
     for network, name in zip(networks, ("tokenizer", "detokenizer"), strict=True):
         _rename(network)
@@ -66,14 +77,13 @@ def _rename(network: Any) -> None:
         output.set_names({name for name in output.get_names() if not COUNTED.fullmatch(name)})
 
 
-def _read(folder: Path) -> Any:
+def _read(folder: Path, where: str) -> Any:
     transformers = require("transformers")
-    transformers.logging.set_verbosity_error()  # it would say of phi3_v that it does not know it
     try:
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises nothing narrower
         raise CheckpointError(
-            f"{folder}: transformers cannot read the tokenizer: {error}"
+            f"{where}: transformers cannot read the tokenizer: {error}"
         ) from error
