@@ -338,7 +338,7 @@ def long_rope(shape: Shape) -> dict[str, Any]:
     return {
         "long_factor": [round(1 + 63 * pair / (pairs - 1), 4) for pair in range(pairs)],
         "short_factor": [round(1 + 2 * pair / (pairs - 1), 4) for pair in range(pairs)],
-        "type": "longrope",
+        "type": "su" if shape.has_tower else "longrope",  # as published
     }
 
 
