@@ -39,8 +39,9 @@ def measure(recipe: Recipe, decoder: Decoder, adapter: Adapter) -> int:
     able = {parts[0].tensor for parts in placed.linears.values() if _is_plain(parts)}
     if unable := sorted(set(adapter.updates) - able):
         raise PlanError(
-            f"{where}: {unable[0]}: its rows go into one operator with those of others, or in "
-            f"another order ({decoder.family}); a branch goes beside matrices that are one operand",
+            f"{where}: {unable[0]}: it is a router, or its rows go into one operator with those of "
+            f"others, or in another order ({decoder.family}); a branch goes beside matrices that "
+            "are one operand of a layer",
             advice=merged,
         )
     return adapter.weights * ITEM_BYTES[recipe.io_dtype] + BRANCH_BYTES * len(adapter.updates)
