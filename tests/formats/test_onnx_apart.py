@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -30,9 +30,10 @@ from toolkit.build import build
 from toolkit.checkpoint import Checkpoint, lora
 from toolkit.checkpoint.lora import MergedCheckpoint
 from toolkit.console import Console
-from toolkit.errors import CheckpointError, PlanError
+from toolkit.errors import BuildError, CheckpointError, PlanError
 from toolkit.families import read_decoder
 from toolkit.formats.onnx import apart
+from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.job import Options
 from toolkit.plan import make_plan
 from toolkit.quality import reference
@@ -299,6 +300,13 @@ def test_values_beyond_float16_are_refused(case: Case, tmp_path: Path) -> None:
         CheckpointError, match=r"lora_B\.weight: a weight is not finite \(NaN, Inf or"
     ):
         write(make(precision="fp16"), merged, tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_a_sentence(case: Case) -> None:
+    with pytest.raises(BuildError, match="/dev/full: onnxruntime cannot write it") as caught:
+        apart.write(Path("/dev/full"), cast(OnnxRecipe, make()), case.merged.adapter)
+    assert "free space" in caught.value.advice
 
 
 def test_memory_and_disk_count_the_adapter(case: Case) -> None:
