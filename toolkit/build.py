@@ -172,14 +172,25 @@ def _is_same(job: Job, options: Options) -> bool:
             return True
         else:
             difference = "it was sealed without its check"
+    elif found:
+        difference = _tell_other(found.source, job.source)
     else:
-        difference = OTHER_MADE if found else "it is not a sealed artifact"
+        difference = "it is not a sealed artifact"
     if options.replace:
         return False
     raise ArtifactError(
         f"{job.final} exists and differs: {difference}",
         advice="choose another --out, remove it, or give --replace",
     )
+
+
+def _tell_other(found: Source, wanted: Source) -> str:
+    """Why an artifact is not what would be built; two adapters make artifacts of one name."""
+    if found.adapter == wanted.adapter:
+        return OTHER_MADE
+    if not (found.adapter and wanted.adapter):
+        return f"it was made {'with' if found.adapter else 'without'} an adapter"
+    return "it was made with another adapter"
 
 
 def _digest(calibration: Calibration | None) -> str:
