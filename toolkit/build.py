@@ -139,11 +139,6 @@ def _check_adapter(recipe: Recipe, checkpoint: Checkpoint) -> None:
             f"{recipe.name}: adapter: {recipe.adapter} does not come with the checkpoint",
             advice="`phiship build` and `ship` read it",
         )
-    if recipe.engine == "vendor" and checkpoint.adapter_digest:
-        raise PlanError(
-            f"{recipe.name}: engine: vendor: a vendor's converter does not read adapters",
-            advice="use `engine: native`, or give a checkpoint that PEFT has merged",
-        )
 
 
 def _check_gate_memory(plan: Plan, options: Options) -> None:

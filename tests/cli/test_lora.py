@@ -93,3 +93,9 @@ def test_a_vendors_engine_is_refused(
     done = run("build", str(recipe), *words, "--engine", "vendor")
     assert done.returncode == PlanError.exit_code
     assert "does not read adapters" in done.stderr
+    mine = tmp_path / "mine.yaml"
+    fields = {**yaml.safe_load(recipe.read_text("utf-8")), "engine": "vendor"}
+    mine.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    done = run("plan", str(mine), "--adapter", str(adapter))
+    assert done.returncode == PlanError.exit_code
+    assert "does not read adapters" in done.stderr
