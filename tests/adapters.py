@@ -1,7 +1,7 @@
 """Small random LoRA adapters for the checkpoints of checkpoints.py, as PEFT saves them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,15 @@ def describe_adapter(**changes: Any) -> dict[str, Any]:
 
 
 def make_adapter(
-    shapes: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int] | None = None, seed: int = 1
-) -> Arrays:
-    """A and B of every linear layer in `shapes`, by the names that PEFT writes."""
+    shapes: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int] | None = None, seed: int = 1,
+    modules: Sequence[str] = (*MODULES, *OTHERS),
+) -> Arrays:  # fmt: skip
+    """A and B of every matrix in `shapes` with such a name, by the names that PEFT writes."""
     rng = np.random.default_rng(seed)
     arrays: Arrays = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] not in (*MODULES, *OTHERS):
+        if not name.endswith(".weight") or not module.endswith(tuple(modules)):
             continue
         fits = (rank for end, rank in (ranks or {}).items() if module.endswith(end))
         rank = next(fits, RANK)

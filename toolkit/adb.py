@@ -140,6 +140,8 @@ def push_with_adb(
     with report.step("check artifact") as step:
         release = prepare_release(artifact, push)
         step.measured = format_bytes(release.manifest.size_bytes)
+        if asked := release.manifest.runtime.tell_properties():
+            step.measured += f"; an app has to load it with {asked}"
     with report.step("connect") as step:
         phone = find_phone(find_adb(), serial)
         step.measured = describe_phone(phone)

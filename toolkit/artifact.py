@@ -123,6 +123,10 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     properties: dict[str, str] = {}
     companions: tuple[str, ...] = ()
 
+    def tell_properties(self) -> str:
+        """The properties, for people; empty where there are none."""
+        return ", ".join(f"{key} {value}" for key, value in self.properties.items())
+
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an artifact says of itself."""

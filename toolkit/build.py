@@ -139,11 +139,6 @@ def _check_adapter(recipe: Recipe, checkpoint: Checkpoint) -> None:
             f"{recipe.name}: adapter: {recipe.adapter} does not come with the checkpoint",
             advice="`phiship build` and `ship` read it",
         )
-    if recipe.engine == "vendor" and checkpoint.adapter_digest:
-        raise PlanError(
-            f"{recipe.name}: engine: vendor: a vendor's converter does not read adapters",
-            advice="use `engine: native`, or give a checkpoint that PEFT has merged",
-        )
 
 
 def _check_gate_memory(plan: Plan, options: Options) -> None:
@@ -172,14 +167,25 @@ def _is_same(job: Job, options: Options) -> bool:
             return True
         else:
             difference = "it was sealed without its check"
+    elif found:
+        difference = _tell_other(found.source, job.source)
     else:
-        difference = OTHER_MADE if found else "it is not a sealed artifact"
+        difference = "it is not a sealed artifact"
     if options.replace:
         return False
     raise ArtifactError(
         f"{job.final} exists and differs: {difference}",
         advice="choose another --out, remove it, or give --replace",
     )
+
+
+def _tell_other(found: Source, wanted: Source) -> str:
+    """Why an artifact is not what would be built; two adapters make artifacts of one name."""
+    if found.adapter == wanted.adapter:
+        return OTHER_MADE
+    if not (found.adapter and wanted.adapter):
+        return f"it was made {'with' if found.adapter else 'without'} an adapter"
+    return "it was made with another adapter"
 
 
 def _digest(calibration: Calibration | None) -> str:

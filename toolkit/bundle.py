@@ -80,12 +80,12 @@ def bundle(
 
 def _require_plain(artifact: Path, manifest: Manifest) -> None:
     """UnsupportedError for what an app would have to load the model with."""
-    if properties := manifest.runtime.properties:
-        asked = ", ".join(f"{key} {value}" for key, value in properties.items())
+    if asked := manifest.runtime.tell_properties():
+        has_adapter = "adapter" in manifest.runtime.properties
         raise UnsupportedError(
             f"{artifact}: is its source only when loaded with {asked}, of which a bundle's how-to "
             "says nothing",
-            advice="bundle an artifact with its adapter merged" if "adapter" in properties else "",
+            advice="bundle an artifact with its adapter merged" if has_adapter else "",
         )
 
 

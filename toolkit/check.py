@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from toolkit import __version__, artifact, catalog, formats
-from toolkit.artifact import Chat, Manifest, Quality
+from toolkit.artifact import Chat, Manifest, Quality, Source
 from toolkit.checkpoint import LOCAL_REVISION, Checkpoint
 from toolkit.checkpoint.lora import find_adapter
 from toolkit.console import Console, format_bytes
@@ -109,11 +109,7 @@ def open_artifact(
         checkpoint = open_source(reference or _source_of(manifest), console, asked.adapter)
         decoder = read_decoder(checkpoint.config)
         checkpoint.check(decoder)
-        if checkpoint.fingerprint() != manifest.source.digest:
-            raise CheckpointError(
-                f"{checkpoint.folder}: not the checkpoint that {folder} was made from "
-                f"(its digest is not {manifest.source.digest[:12]}...)"
-            )
+        _check_source(checkpoint, manifest.source, folder, asked.adapter)
         step.measured = str(checkpoint.folder)
     plan = make_plan(
         recipe, decoder, context_length=manifest.context_length, adapter=find_adapter(checkpoint)
@@ -131,6 +127,20 @@ def _check_paths(asked: Asked) -> None:
         raise SettingsError(f"--text {asked.text}: is not there", advice="give a text's path")
     if asked.details and not asked.details.absolute().parent.is_dir():
         raise SettingsError(f"--details {asked.details}: its folder is not there")
+
+
+def _check_source(checkpoint: Checkpoint, made: Source, folder: Path, adapter: Path | None) -> None:
+    """CheckpointError for another checkpoint, or another adapter, than the artifact was made of."""
+    if checkpoint.adapter_digest != made.adapter:
+        how = f"not the adapter that {folder} was made with"
+        raise CheckpointError(
+            f"{adapter}: {how if made.adapter else f'{folder} was made without an adapter'}"
+        )
+    if checkpoint.fingerprint() != made.digest:
+        raise CheckpointError(
+            f"{checkpoint.folder}: not the checkpoint that {folder} was made from "
+            f"(its digest is not {made.digest[:12]}...)"
+        )
 
 
 def check_artifact(

@@ -119,7 +119,7 @@ def make_plan(
 ) -> Plan:
     """Fill in every default; PlanError when the recipe cannot hold this architecture.
 
-    `adapter` is what was read of the recipe's; it counts where it stays apart.
+    `adapter` is what was read of the one to build with; it counts where it stays apart.
     """
     context = context_length or recipe.context_length or decoder.context
     if context > decoder.context:
@@ -145,7 +145,7 @@ def make_plan(
             TOKEN_BYTES * decoder.vocab if tokenizer_bytes is None else tokenizer_bytes
         ),
         adapter=apart,
-        adapter_bytes=_measure_adapter(recipe, decoder, apart),
+        adapter_bytes=_measure_adapter(recipe, decoder, adapter),
     )
     if memory_bytes is not None:
         _check_memory(plan, memory_bytes)
@@ -213,7 +213,12 @@ def _check_architecture(recipe: Recipe, decoder: Decoder) -> None:
 
 
 def _measure_adapter(recipe: Recipe, decoder: Decoder, adapter: Adapter | None) -> int:
-    """Bytes of an adapter that stays apart; PlanError where there is none, or it cannot."""
+    """Bytes of an adapter that stays apart; PlanError where there is none, or it cannot be read."""
+    if adapter and recipe.engine == "vendor":
+        raise PlanError(
+            f"{recipe.name}: engine: vendor: a vendor's converter does not read adapters",
+            advice="use `engine: native`, or give a checkpoint that PEFT has merged",
+        )
     if not recipe.adapter_apart:
         return 0
     where = f"{recipe.name}: adapter_apart"

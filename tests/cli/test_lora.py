@@ -67,7 +67,7 @@ def test_check_wants_the_adapter_too(built: Path, example: Path, adapter: Path) 
 def test_the_artifact_is_not_the_checkpoints(built: Path, example: Path, recipe: Path) -> None:
     done = run("build", str(recipe), "--checkpoint", str(example), "--out", str(built.parent))
     assert done.returncode != 0
-    assert "another plan, source or calibration text made it" in done.stderr
+    assert "exists and differs: it was made with an adapter" in done.stderr
 
 
 def test_a_recipe_names_an_adapter_beside_it(
@@ -91,5 +91,11 @@ def test_a_vendors_engine_is_refused(
 ) -> None:
     words = ("--checkpoint", str(example), "--adapter", str(adapter), "--out", str(tmp_path))
     done = run("build", str(recipe), *words, "--engine", "vendor")
+    assert done.returncode == PlanError.exit_code
+    assert "does not read adapters" in done.stderr
+    mine = tmp_path / "mine.yaml"
+    fields = {**yaml.safe_load(recipe.read_text("utf-8")), "engine": "vendor"}
+    mine.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    done = run("plan", str(mine), "--adapter", str(adapter))
     assert done.returncode == PlanError.exit_code
     assert "does not read adapters" in done.stderr

@@ -14,7 +14,13 @@ from tests.adapters import make_adapter, write_adapter
 from tests.cli.commands import events, run
 from toolkit.artifact import Manifest, read_manifest
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import PlanError, SettingsError, UnsupportedError
+from toolkit.errors import (
+    ArtifactError,
+    CheckpointError,
+    PlanError,
+    SettingsError,
+    UnsupportedError,
+)
 
 # The adapter moves the example by 2.5 nats: a gate that compared with the checkpoint
 # alone, or an artifact whose adapter is not active, would miss this limit, which int8 keeps.
@@ -96,6 +102,29 @@ def test_an_artifact_whose_adapter_is_another_fails_its_check(
     done = run("check", str(copy), *words)
     assert FILE in done.stderr
     assert "other content" in done.stderr
+
+
+def test_another_adapter_is_named_as_such(
+    built: Path, base: Path, example: Path, adapter: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """Two adapters of one recipe make artifacts of one name."""
+    shapes = {name: info.shape for name, info in Checkpoint.open(example).tensors.items()}
+    other = write_adapter(tmp_path / "other", make_adapter(shapes, seed=2), lora_alpha=12)
+    words = ("--checkpoint", str(example), "--adapter")
+    done = run("check", str(built), *words, str(other))
+    assert done.returncode == CheckpointError.exit_code
+    assert f"{other}: not the adapter that {built} was made with" in done.stderr
+    done = run("check", str(base), *words, str(other))
+    assert done.returncode == CheckpointError.exit_code
+    assert f"{other}: {base} was made without an adapter" in done.stderr
+    for there, given, text in (
+        (built, (*words, str(other), "--adapter-apart"), "it was made with another adapter"),
+        (built, words[:2], "it was made with an adapter"),
+        (base, (*words, str(adapter)), "it was made without an adapter"),
+    ):
+        done = run("build", str(recipe), *given, "--out", str(there.parent))
+        assert done.returncode == ArtifactError.exit_code
+        assert f"{there} exists and differs: {text}\n" in done.stderr
 
 
 def test_a_push_beside_the_base_sends_the_graph_and_the_adapter(

@@ -6,13 +6,14 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.deploy.sealed import seal_noise
 from tests.exports.adbd import TMP, Phone
 from toolkit import adb
 from toolkit.adb import Folders, find_phone, push_with_adb
-from toolkit.artifact import read_manifest, verify_files
+from toolkit.artifact import read_manifest, verify_files, write_manifest
 from toolkit.console import Console
 from toolkit.deploy import Push
 from toolkit.errors import ArtifactError, PreflightError, RunnerError, UnreachableError
@@ -76,6 +77,20 @@ def test_a_push_arrives_and_again_sends_nothing(
     again = run(folder, console)
     assert phone.received == []
     assert again.steps[2].measured == "0 of 4 files to send, 0 B"
+
+
+@needs_adb
+def test_it_says_what_an_app_has_to_load(phone: Phone, tmp_path: Path, console: Console) -> None:
+    """No runner of ours is there to do so."""
+    folder = seal_noise(tmp_path / "noise")
+    manifest = read_manifest(folder)
+    properties = {"adapter": "adapter.onnx_adapter"}
+    runtime = msgspec.structs.replace(manifest.runtime, properties=properties)
+    write_manifest(folder, msgspec.structs.replace(manifest, runtime=runtime))
+    text = "; an app has to load it with adapter adapter.onnx_adapter"
+    assert run(folder, console).steps[0].measured.endswith(text)
+    plain = run(seal_noise(tmp_path / "plain", seed=1), console)
+    assert "an app has to" not in plain.steps[0].measured
 
 
 @needs_adb

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.lora import Adapter
 from toolkit.decoder import Decoder, Parts, Rows
-from toolkit.errors import CheckpointError, PlanError, require
+from toolkit.errors import BuildError, CheckpointError, PlanError, require
 from toolkit.formats.onnx import layout
 from toolkit.formats.onnx.encoders import ITEM_BYTES, convert
 from toolkit.formats.onnx.nodes import Graph
@@ -39,8 +39,9 @@ def measure(recipe: Recipe, decoder: Decoder, adapter: Adapter) -> int:
     able = {parts[0].tensor for parts in placed.linears.values() if _is_plain(parts)}
     if unable := sorted(set(adapter.updates) - able):
         raise PlanError(
-            f"{where}: {unable[0]}: its rows go into one operator with those of others, or in "
-            f"another order ({decoder.family}); a branch goes beside matrices that are one operand",
+            f"{where}: {unable[0]}: it is a router, or its rows go into one operator with those of "
+            f"others, or in another order ({decoder.family}); a branch goes beside matrices that "
+            "are one operand of a layer",
             advice=merged,
         )
     return adapter.weights * ITEM_BYTES[recipe.io_dtype] + BRANCH_BYTES * len(adapter.updates)
@@ -85,7 +86,8 @@ def _add_product(graph: Graph, name: str, value: str, shape: tuple[int | None, i
 def write(path: Path, recipe: OnnxRecipe, adapter: Adapter) -> None:
     """Write an adapter's file: A [in, rank] and B [rank, out], in the activations' type.
 
-    All of them are in memory at once, more than twice.
+    All of them are in memory at once, more than twice. CheckpointError for what that type cannot
+    hold, BuildError where the disk is full.
     """
     runtime = require("onnxruntime")
     values = {}
@@ -101,7 +103,12 @@ def write(path: Path, recipe: OnnxRecipe, adapter: Adapter) -> None:
     file.set_adapter_version(VERSION)
     file.set_model_version(VERSION)
     file.set_parameters(values)
-    file.export_adapter(str(path.absolute()))
+    try:
+        file.export_adapter(str(path.absolute()))
+    except RuntimeError as error:
+        raise BuildError(
+            f"{path}: onnxruntime cannot write it", advice="free space or choose another --out"
+        ) from error
 
 
 def read(folder: Path) -> Mapping[str, Any]:
