@@ -175,7 +175,7 @@ def _is_same(job: Job, options: Options) -> bool:
         return False
     raise ArtifactError(
         f"{job.final} exists and differs: {difference}",
-        advice="choose another --out, remove it, or give --replace",
+        advice="choose another --out or remove it, as `phiship build --replace` does",
     )
 
 

@@ -124,6 +124,17 @@ def test_a_cache_of_symbolic_links(artifacts: dict[str, Path], tmp_path: Path) -
     verify_files(folder, read_manifest(folder).files)
 
 
+def test_an_adapter_beside_the_model_is_said_to_be_left_out(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    source = strip(artifacts["onnx"], tmp_path / "source")
+    (source / "mine.onnx_adapter").write_bytes(b"whatever")
+    manifest = read_manifest(take(source, tmp_path / "out"))
+    (note,) = (note for note in manifest.notes if "mine.onnx_adapter" in note)
+    assert "without that adapter" in note
+    assert "mine.onnx_adapter" not in {file.path for file in manifest.files}
+
+
 def test_a_published_onnx_repository(artifacts: dict[str, Path], tmp_path: Path) -> None:
     home = publish_onnx(artifacts["onnx"], tmp_path / "Phi-3-mini-4k-instruct-onnx")
     with pytest.raises(ArtifactError, match="found none of genai_config") as caught:

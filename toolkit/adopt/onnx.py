@@ -52,8 +52,14 @@ def inspect(given: Given) -> Found:
         data_bytes=sum(path.stat().st_size for path in named.values()),
         kv_bytes_per_token=cache,
         overhead_bytes=OVERHEAD_BYTES[provider],
-        notes=notes,
+        notes=(*notes, *_note_adapters(given.path)),
     )
+
+
+def _note_adapters(folder: Path) -> Iterator[str]:
+    """What to know of files that are not taken over: which of them is meant, nothing says."""
+    for path in sorted(folder.glob("*.onnx_adapter")):
+        yield f"{path.name} was left out: this is the model without that adapter"
 
 
 def _check_type(model: Config) -> None:
