@@ -22,7 +22,13 @@ from toolkit.place import LocalPlace, RemotePlace, build_command, explain_failur
 from toolkit.remote import Service, read_service
 from toolkit.runner.chatting import Message, TakeText, clean, converse
 from toolkit.runner.failure import Failure
-from toolkit.runner.images import MOST_PICTURES, place_pictures, read_bytes, read_image
+from toolkit.runner.images import (
+    MOST_PICTURES,
+    import_pillow,
+    place_pictures,
+    read_bytes,
+    read_image,
+)
 from toolkit.runner.manifest import Vision
 from toolkit.runner.serving.options import is_loopback
 from toolkit.runner.serving.pictures import BODY_BYTES
@@ -137,6 +143,8 @@ def _read_pictures(
     """
     if len(paths) > MOST_PICTURES:
         raise RunnerError(f"{name}: {len(paths)} pictures; a question can have {MOST_PICTURES}")
+    with explain_failure("this machine"):  # where it may be missing though the device has it
+        import_pillow()
     parts, sizes = [], []
     for path in paths:
         with explain_failure(name):

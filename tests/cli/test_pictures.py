@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import events, run
+from tests.cli.commands import ROOT, events, run
 from tests.vision_checkpoints import draw, write_vision_checkpoint
 
 RECIPE = """\
@@ -116,6 +116,14 @@ def test_pictures_that_the_release_cannot_take_start_no_server(
     assert done.returncode == 14
     assert said in done.stderr
     assert done.stderr.startswith("error: embedded: picture")  # a server's answer names its URL
+
+
+def test_pillow_that_is_missing_here_is_not_said_of_the_device(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "PIL.py").write_text("raise ImportError('no PIL')", encoding="utf-8")
+    words = ["--prompt", "What?", "--image", str(built / "good.png")]
+    done = run("run", "pi@nowhere", *words, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 14
+    assert done.stderr.startswith("error: this machine: pictures are read by Pillow")
 
 
 def test_too_many_pictures_are_not_sent(built: Path) -> None:

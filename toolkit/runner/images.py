@@ -169,7 +169,7 @@ def place_pictures(
                 "context",
                 f"picture {number} leads to {tokens} tokens of pictures; this artifact's context "
                 f"holds {most_tokens}",
-                "give fewer pictures",
+                "give fewer pictures, or a longer context",
             )
         yield grid
 
