@@ -92,11 +92,13 @@ def _require_plain(artifact: Path, manifest: Manifest) -> None:
 def choose_platform(manifest: Manifest, platform: str | None) -> str:
     """The platform asked for, or the first that fits; UnsupportedError says what it would run."""
     way = find_way(manifest)
-    if manifest.format == "mlx" and manifest.vision:
+    if manifest.vision:
+        why = ", of which a bundle's how-to and memory table say nothing"
+        if manifest.format == "mlx":
+            why = "; what an app loads MLX with, MLXLLM, knows models of text alone"
         raise UnsupportedError(
-            f"{manifest.name}: it reads pictures; what an app loads MLX with, MLXLLM, knows models "
-            "of text alone",
-            advice="serve it with phiship run --serve on a Mac",
+            f"{manifest.name}: it reads pictures{why}",
+            advice="serve it where its runtime is: phiship run ARTIFACT --serve",
         )
     names = [platform] if platform else list(PLATFORMS)
     for name in names:

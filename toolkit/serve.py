@@ -22,7 +22,14 @@ from toolkit.place import LocalPlace, RemotePlace, build_command, explain_failur
 from toolkit.remote import Service, read_service
 from toolkit.runner.chatting import Message, TakeText, clean, converse
 from toolkit.runner.failure import Failure
-from toolkit.runner.images import MOST_PICTURES, read_bytes, read_image
+from toolkit.runner.images import (
+    MOST_PICTURES,
+    import_pillow,
+    place_pictures,
+    read_bytes,
+    read_image,
+)
+from toolkit.runner.manifest import Vision
 from toolkit.runner.serving.options import is_loopback
 from toolkit.runner.serving.pictures import BODY_BYTES
 from toolkit.ssh.embedded import running
@@ -84,15 +91,19 @@ def ask_about(
 
     Raises RunnerError for a picture that the server would refuse, before anything is sent.
     """
-    messages = _make_messages(text, prompt, images, system)
+    messages, sizes = _make_messages(text, prompt, images, system)
     with open_place(text, devices_file) as place:
-        if place.manifest.vision is None:
+        manifest = place.manifest
+        if manifest.vision is None:
             raise RunnerError(
-                f"{place.name}: the release in use there, {place.manifest.name}, reads no pictures",
+                f"{place.name}: the release in use there, {manifest.name}, reads no pictures",
                 advice="deploy an artifact of a model that does",
             )
+        with explain_failure(place.name):
+            vision = Vision(**msgspec.structs.asdict(manifest.vision))
+            list(place_pictures(sizes, vision, manifest.valid_context[1]))
         with ExitStack() as opened:
-            with console.waiting(f"starting {place.manifest.name} on {place.name}"):
+            with console.waiting(f"starting {manifest.name} on {place.name}"):
                 endpoint = opened.enter_context(place.serving(settings))
             reply = chat(
                 endpoint, messages, max_tokens=max_tokens, temperature=temperature, seed=seed,
@@ -108,9 +119,10 @@ def ask_about(
 
 def _make_messages(
     name: str, prompt: str, images: Sequence[Path], system: str
-) -> list[dict[str, Any]]:
-    """A question about pictures, no longer than a server takes."""
-    content = [*_read_pictures(name, images), {"type": "text", "text": prompt}]
+) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
+    """A question about pictures, no longer than a server takes, and their widths and heights."""
+    parts, sizes = _read_pictures(name, images)
+    content = [*parts, {"type": "text", "text": prompt}]
     before = [{"role": "system", "content": system}] if system else []
     messages: list[dict[str, Any]] = [*before, {"role": "user", "content": content}]
     if len(json.dumps(messages)) + FIELDS_BYTES > BODY_BYTES:
@@ -119,23 +131,30 @@ def _make_messages(
             "may have, where a picture takes four bytes for three of its file",
             advice="give fewer pictures, or smaller files",
         )
-    return messages
+    return messages, sizes
 
 
-def _read_pictures(name: str, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Parts of a message with files in data: URLs; RunnerError for what no server would take."""
+def _read_pictures(
+    name: str, paths: Sequence[Path]
+) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
+    """Parts of a message with files in data: URLs, and the pictures' widths and heights.
+
+    RunnerError for what no server would take.
+    """
     if len(paths) > MOST_PICTURES:
         raise RunnerError(f"{name}: {len(paths)} pictures; a question can have {MOST_PICTURES}")
-    parts = []
+    with explain_failure("this machine"):  # where it may be missing though the device has it
+        import_pillow()
+    parts, sizes = [], []
     for path in paths:
         with explain_failure(name):
             data = read_bytes(path, str(path))
-            read_image(data, str(path))
+            sizes.append(read_image(data, str(path)).size)
         kind = mimetypes.guess_type(path.name)[0] or ""
         kind = kind if kind.startswith("image/") else "image/unknown"  # a file's name is no proof
         url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
         parts.append({"type": "image_url", "image_url": {"url": url}})
-    return parts
+    return parts, sizes
 
 
 def serve_device(device: Device, port: int, arguments: Sequence[str], console: Console) -> None:

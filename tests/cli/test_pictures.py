@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import events, run
+from tests.cli.commands import ROOT, events, run
 from tests.vision_checkpoints import draw, write_vision_checkpoint
 
 RECIPE = """\
@@ -59,12 +59,13 @@ def test_a_bad_picture_is_one_sentence(name: str, said: str, built: Path) -> Non
         ["--image", "good.png", "--serve"],
         ["--image-folder", "."],
         ["--image-folder", ".", "--prompt", "What?"],
+        ["--serve", "--prompt", "What?"],
     ],
 )
 def test_options_that_do_not_go_together(words: list[str], built: Path) -> None:
     done = run("run", str(built / "sees"), *words)
     assert done.returncode == 2
-    assert "goes with" in done.stderr
+    assert "goes with" in done.stderr or "exclude each other" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,33 @@ def test_a_bad_picture_is_not_sent(name: str, said: str, built: Path) -> None:
     assert done.returncode == 14
     assert said in done.stderr
     assert "give one still picture" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "said"),
+    [
+        (10_000, 1, "picture 1 of 10000 x 1 pixels: is too narrow"),
+        (1, 7, "2191 tokens of pictures"),
+    ],
+)
+def test_pictures_that_the_release_cannot_take_start_no_server(
+    width: int, count: int, said: str, built: Path, device: dict[str, str], tmp_path: Path
+) -> None:
+    picture = tmp_path / "line.png"
+    draw(width, 1, 1).save(picture)
+    pictures = ["--image", str(picture)] * count
+    done = run("run", "embedded", "--prompt", "What?", *pictures, **device)
+    assert done.returncode == 14
+    assert said in done.stderr
+    assert done.stderr.startswith("error: embedded: picture")  # a server's answer names its URL
+
+
+def test_pillow_that_is_missing_here_is_not_said_of_the_device(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "PIL.py").write_text("raise ImportError('no PIL')", encoding="utf-8")
+    words = ["--prompt", "What?", "--image", str(built / "good.png")]
+    done = run("run", "pi@nowhere", *words, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 14
+    assert done.stderr.startswith("error: this machine: pictures are read by Pillow")
 
 
 def test_too_many_pictures_are_not_sent(built: Path) -> None:

@@ -120,11 +120,14 @@ def test_a_cuda_artifact_is_for_no_app(tmp_path: Path) -> None:
         choose_platform(msgspec.structs.replace(manifest, runtime=runtime), None)
 
 
-def test_an_mlx_artifact_that_sees_is_for_no_app(tmp_path: Path) -> None:
+def test_an_artifact_that_sees_is_for_no_app(tmp_path: Path) -> None:
     manifest = read_manifest(seal_noise(tmp_path / "noise"))
     vision = Vision(image_size=336, side=12, crops=16, mean=(0, 0, 0), std=(1, 1, 1))
     sees = msgspec.structs.replace(manifest, format="mlx", vision=vision)
     with pytest.raises(UnsupportedError, match="it reads pictures; what an app loads MLX with"):
+        choose_platform(sees, None)
+    sees = msgspec.structs.replace(manifest, format="onnx", vision=vision)
+    with pytest.raises(UnsupportedError, match="it reads pictures, of which a bundle's how-to"):
         choose_platform(sees, None)
 
 

@@ -3,7 +3,7 @@
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +159,23 @@ def test_a_model_that_reads_text_only_says_so(tmp_path: Path) -> None:
 
 
 def test_a_line_is_too_narrow() -> None:
-    with pytest.raises(Failure, match="10000 x 1 pixels: is too narrow"):
-        prepare([Image.new("RGB", (10_000, 1))], VISION)
+    with pytest.raises(Failure, match="picture 2 of 10000 x 1 pixels: is too narrow"):
+        prepare([Image.new("RGB", (1, 1)), Image.new("RGB", (10_000, 1))], VISION)
+
+
+def test_pictures_beyond_the_context_are_not_opened() -> None:
+    """A file of a few bytes becomes 16 crops: their tokens are counted before they are cut."""
+    opened = []
+
+    def read() -> Iterator[Image.Image]:
+        for number in range(16):
+            opened.append(number)
+            yield Image.new("RGB", (1, 1))
+
+    with pytest.raises(Failure, match="picture 2 leads to 5018 tokens of pictures;") as caught:
+        prepare(read(), VISION, 5017)
+    assert (opened, caught.value.kind) == ([0, 1], "context")
+    assert prepare([Image.new("RGB", (1, 1))] * 2, VISION, 5018).counts == (2509, 2509)
 
 
 @pytest.mark.parametrize(

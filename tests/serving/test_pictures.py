@@ -112,6 +112,7 @@ def test_an_openvino_artifact_answers_as_its_runner(folder: Path, tmp_path: Path
             assert one.chat("Hello", max_tokens=TOKENS).text == plain["text"]
         refused = ask(one, *[data_url(path)] * 7)  # 313 tokens each, of 2,048
         assert refused.error["code"] == "context_length_exceeded"
+        assert "picture 7 leads to 2191 tokens of pictures" in refused.error["message"]
 
 
 def test_several_pictures_and_then_text_alone(server: Server, artifact: Path, folder: Path) -> None:

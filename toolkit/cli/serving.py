@@ -58,9 +58,11 @@ def run_command(
     is_here = (Path(place) / MANIFEST).is_file()
     answering = _name_options(max_tokens=max_tokens, temperature=temperature, seed=seed)
     settings = _name_options(**given)
+    if serve and prompt is not None:
+        raise click.UsageError("--serve and --prompt exclude each other")
     if images and prompt is None:
         raise click.UsageError("--image goes with --prompt")
-    if image_folder and (not serve or prompt is not None):
+    if image_folder and not serve:
         raise click.UsageError("--image-folder goes with --serve")
     if prompt is not None and images and not is_here:
         ask_about(

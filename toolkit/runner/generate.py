@@ -42,7 +42,9 @@ def generate(
     The context is as large as this answer may need, unless `given` says otherwise.
     """
     manifest = read_manifest(artifact)
-    pixels = prepare_files(images, manifest.vision, manifest.name) if images else None
+    highest = manifest.valid_context[1]
+    room = min(given.get("context_tokens") or highest, highest)
+    pixels = prepare_files(images, manifest.vision, manifest.name, room) if images else None
     counts = pixels.counts if pixels else ()
     before = [("system", system)] if system else []
     content = mark_pictures(prompt, len(images))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -81,7 +81,9 @@ def read_image(data: bytes, where: str) -> Image:
         raise _refuse(where, f"is a damaged picture ({type(error).__name__}: {error})") from None
 
 
-def prepare_files(paths: Sequence[Path], vision: Vision | None, name: str) -> Pixels:
+def prepare_files(
+    paths: Sequence[Path], vision: Vision | None, name: str, most_tokens: int | None = None
+) -> Pixels:
     """Read files and cut them; Failure when `name`, the artifact, reads none, or not so many."""
     if vision is None:
         raise Failure(
@@ -89,7 +91,8 @@ def prepare_files(paths: Sequence[Path], vision: Vision | None, name: str) -> Pi
         )
     if len(paths) > MOST_PICTURES:
         raise Failure("request", f"{len(paths)} pictures; a question can have {MOST_PICTURES}")
-    return prepare((read_image(read_bytes(one, str(one)), str(one)) for one in paths), vision)
+    pictures = (read_image(read_bytes(one, str(one)), str(one)) for one in paths)
+    return prepare(pictures, vision, most_tokens)
 
 
 def import_pillow() -> Any:
@@ -148,7 +151,30 @@ def _refuse(where: str, what: str) -> Failure:
     return Failure("request", f"{where}: {what}", ADVICE)
 
 
-def place_picture(width: int, height: int, vision: Vision) -> Grid:
+def place_pictures(
+    sizes: Iterable[tuple[int, int]], vision: Vision, most_tokens: int | None = None
+) -> Iterator[Grid]:
+    """Place pictures of these widths and heights, one after the other.
+
+    Failure for one that is too narrow; of kind `context` at the first that leads beyond
+    `most_tokens`.
+    """
+    tokens = 0
+    for number, size in enumerate(sizes, 1):
+        grid = place_picture(*size, vision, f"picture {number}")
+        columns, rows = (side // vision.image_size for side in grid.canvas)
+        tokens += count_tokens(rows, columns, vision)
+        if most_tokens is not None and tokens > most_tokens:
+            raise Failure(
+                "context",
+                f"picture {number} leads to {tokens} tokens of pictures; this artifact's context "
+                f"holds {most_tokens}",
+                "give fewer pictures, or a longer context",
+            )
+        yield grid
+
+
+def place_picture(width: int, height: int, vision: Vision, where: str = "a picture") -> Grid:
     """Choose size and canvas: as large as the crops allow; Failure for a picture too narrow."""
     size, longest = vision.image_size, max(width, height)
     ratio = longest / min(width, height)
@@ -158,9 +184,8 @@ def place_picture(width: int, height: int, vision: Vision) -> Grid:
     long_side = scale * size
     short_side = int(long_side / ratio)
     if short_side < 1:
-        raise _refuse(
-            f"a picture of {width} x {height} pixels", "is too narrow: it has no line left"
-        )
+        what = "is too narrow: it has no line left"
+        raise _refuse(f"{where} of {width} x {height} pixels", what)
     canvas_side = math.ceil(short_side / size) * size
     margin = int((canvas_side - short_side) / 2)
     if width >= height:
@@ -168,9 +193,20 @@ def place_picture(width: int, height: int, vision: Vision) -> Grid:
     return Grid((short_side, long_side), (canvas_side, long_side), (margin, 0))
 
 
-def prepare(pictures: Iterable[Image], vision: Vision) -> Pixels:
-    """Cut pictures into crops, one after the other; Failure for one that is too narrow."""
-    return cut_crops([_paint(picture, vision) for picture in pictures], vision)
+def prepare(pictures: Iterable[Image], vision: Vision, most_tokens: int | None = None) -> Pixels:
+    """Cut pictures into crops; Failure as `place_pictures`.
+
+    One after the other, and none once they take too many tokens: a file of 70 bytes becomes 20 MB.
+    """
+    opened: list[Image] = []  # the one that is being placed
+
+    def measure() -> Iterator[tuple[int, int]]:
+        for picture in pictures:
+            opened.append(picture)
+            yield picture.size
+
+    grids = place_pictures(measure(), vision, most_tokens)
+    return cut_crops([_paint(opened.pop(), grid, vision) for grid in grids], vision)
 
 
 def cut_crops(canvases: Sequence[Any], vision: Vision) -> Pixels:
@@ -199,12 +235,11 @@ def count_tokens(rows: int, columns: int, vision: Vision) -> int:
     return (rows * columns + 1) * side**2 + 1 + (rows + 1) * side
 
 
-def _paint(picture: Image, vision: Vision) -> Any:
+def _paint(picture: Image, grid: Grid, vision: Vision) -> Any:
     """The picture on its white canvas, normalized: float32 [3, height, width]."""
     import numpy as np
 
     pillow = import_pillow()
-    grid = place_picture(*picture.size, vision)
     if picture.width < picture.height:
         # Lying, as the source does it: Pillow rounds to 8 bits between its two passes.
         turned = picture.transpose(pillow.Transpose.TRANSPOSE)

@@ -179,6 +179,8 @@ class Line:
         except Failure as failure:
             if failure.kind == "runtime":  # Pillow is missing; the engine is well
                 raise Refusal(501, str(failure), code="no_pictures_here") from None
+            if failure.kind == "context":
+                raise _refuse_length(failure, job.asked) from None
             if failure.kind != "request":
                 raise
             raise refuse(str(failure), job.asked.prompt_field) from None
@@ -212,7 +214,7 @@ class Line:
             read_image(one if isinstance(one, bytes) else one.read(), f"picture {number}")
             for number, one in enumerate(asked.pictures, 1)
         )
-        pixels = prepare(pictures, vision)
+        pixels = prepare(pictures, vision, count_context(self._loaded))
         return encode_pictures(self._loaded, asked.text, pixels.counts), pixels
 
     def _count(self, answer: Answer, counted: int) -> int:
@@ -229,9 +231,13 @@ class Line:
         try:
             check_length(self._loaded, prompt_tokens, new_tokens)
         except Failure as failure:
-            message, code = f"{failure}; {failure.advice}", "context_length_exceeded"
-            raise refuse(message, asked.prompt_field, code) from None
+            raise _refuse_length(failure, asked) from None
         return new_tokens
+
+
+def _refuse_length(failure: Failure, asked: Asked) -> Refusal:
+    message, code = f"{failure}; {failure.advice}", "context_length_exceeded"
+    return refuse(message, asked.prompt_field, code)
 
 
 def _log(error: Exception, message: str) -> None:
