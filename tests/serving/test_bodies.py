@@ -19,7 +19,9 @@ WAIT_S = 30.0
 @pytest.fixture(scope="module")
 def server(artifacts: dict[str, Path]) -> Iterator[Server]:
     """A server that holds two bodies and a half."""
-    with serving(artifacts["onnx"], limits={"body_bytes": 2000, "held_bytes": 5000}) as one:
+    with serving(
+        artifacts["onnx"], limits={"body_bytes": 2000, "held_bytes": 5000, "free_bytes": 0}
+    ) as one:
         yield one
 
 
@@ -71,7 +73,7 @@ def test_bodies_are_bounded_together(coding: str, server: Server) -> None:
 def test_bodies_are_held_until_their_answers_end(artifacts: dict[str, Path]) -> None:
     """Also that of one who waits for its turn."""
     long = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 400})
-    limits = {"body_bytes": 2000, "held_bytes": 4100}
+    limits = {"body_bytes": 2000, "held_bytes": 4100, "free_bytes": 0}
     with serving(artifacts["onnx"], limits=limits, delay_s=0.05) as one, ExitStack() as opened:
         body = long.encode().ljust(2000)
         for _ in range(2):
@@ -83,3 +85,21 @@ def test_bodies_are_held_until_their_answers_end(artifacts: dict[str, Path]) -> 
         assert one.ask("POST", CHAT, SMALL.ljust(200)).error["code"] == "bodies_full"
         opened.close()  # they leave, and their bodies with them
         wait_held(one, 0)
+
+
+@pytest.mark.parametrize("coding", ["length", "chunks"])
+def test_small_bodies_pass_by_large_ones(coding: str, artifacts: dict[str, Path]) -> None:
+    """What counts is beyond a first part; two slow pictures do not keep a text from its answer."""
+    limits = {"body_bytes": 2000, "held_bytes": 2000, "free_bytes": 1000}
+    with serving(artifacts["onnx"], limits=limits) as one, ExitStack() as opened:
+        for _ in range(2):
+            opened.enter_context(closing(post(one, "Content-Length: 2000", sent=b"{")))
+        wait_held(one, 2000)
+        assert one.ask("POST", CHAT, SMALL.ljust(1000)).status == 200
+        if coding == "length":
+            assert one.ask("POST", CHAT, SMALL.ljust(1001)).error["code"] == "bodies_full"
+        else:
+            chunks = b"3e8\r\n" + b" " * 1000 + b"\r\n1\r\n"
+            with closing(post(one, "Transfer-Encoding: chunked", sent=chunks)) as growing:
+                assert read_all(growing).startswith(b"HTTP/1.1 429 ")
+        wait_held(one, 2000)

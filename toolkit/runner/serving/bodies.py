@@ -12,10 +12,17 @@ Announce = Callable[[int], None]
 
 
 class Bodies:
-    """What requests hold between their first byte and the end of their answer; one thread only."""
+    """What requests hold between their first byte and the end of their answer; one thread only.
 
-    def __init__(self, most_bytes: int, refuse_busy: Callable[[str, str], Refusal]) -> None:
+    The first `free_bytes` of each do not count: who asks about a text is not kept waiting by those
+    who send pictures, and connections are few.
+    """
+
+    def __init__(
+        self, most_bytes: int, free_bytes: int, refuse_busy: Callable[[str, str], Refusal]
+    ) -> None:
         self._most_bytes = most_bytes
+        self._free_bytes = free_bytes
         self._refuse_busy = refuse_busy
         self.held_bytes = 0
 
@@ -25,17 +32,18 @@ class Bodies:
 
         It raises Refusal 429 for those that do not fit beside what others hold.
         """
-        own_bytes = 0
+        announced = counted = 0
 
         def announce(count: int) -> None:
-            nonlocal own_bytes
-            if self.held_bytes + count > self._most_bytes:
+            nonlocal announced, counted
+            more = max(0, announced + count - self._free_bytes) - counted
+            if more and self.held_bytes + more > self._most_bytes:
                 what = f"requests of {self.held_bytes} bytes are held already"
                 raise self._refuse_busy(what, "bodies_full")
-            self.held_bytes += count
-            own_bytes += count
+            self.held_bytes += more
+            announced, counted = announced + count, counted + more
 
         try:
             yield announce
         finally:
-            self.held_bytes -= own_bytes
+            self.held_bytes -= counted

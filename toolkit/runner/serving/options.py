@@ -22,7 +22,8 @@ class Limits:
     connections: int = 64
     head_bytes: int = 16 << 10
     body_bytes: int = 1 << 20
-    held_bytes: int = 64 << 20  # of all bodies together, until their answers end
+    held_bytes: int = 64 << 20  # of all bodies together, until their answers end, but for
+    free_bytes: int = 1 << 20  # the first of each
     # From its first byte to its last, so that a byte now and then does not hold a connection.
     head_s: float = 10.0
     body_s: float = 30.0

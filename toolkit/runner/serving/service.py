@@ -42,7 +42,7 @@ class Service:
         limits = self.options.limits
         # One body always fits, when there is no other.
         held_bytes = max(limits.held_bytes, limits.body_bytes)
-        self.bodies = Bodies(held_bytes, self.line.refuse_busy)
+        self.bodies = Bodies(held_bytes, limits.free_bytes, self.line.refuse_busy)
         digest = hashlib.sha256((self.loaded.artifact / "manifest.json").read_bytes())
         digest.update(f"{self.loaded.engine} {self.loaded.settings}".encode())
         self._fingerprint = f"fp_{digest.hexdigest()[:12]}"
@@ -105,7 +105,10 @@ class Service:
         gauges = {
             "queue_depth": ("Requests that wait for their turn.", float(self.line.depth)),
             "connections": ("Open connections.", float(self.connections)),
-            "body_bytes": ("What requests under way hold.", float(self.bodies.held_bytes)),
+            "body_bytes": (
+                "What requests under way hold, but for the first MiB of each.",
+                float(self.bodies.held_bytes),
+            ),
             "peak_memory_bytes": ("The most memory this process ever had.", peak),
             "load_seconds": ("What loading the model took.", self.loaded.load_seconds),
             "context_tokens": ("Room for prompt and answer.", float(self.context_tokens)),
