@@ -1,4 +1,7 @@
-"""A Debian for aarch64 as a Raspberry Pi has it, with a user, an SSH server, and no runtimes."""
+"""A Debian for aarch64 as a Raspberry Pi has it, with a user, an SSH server, and no runtimes.
+
+    python -m tests.emulated.rootfs    # bootstraps it ahead of the tests, which keep it
+"""
 
 import shutil
 import sys
@@ -33,14 +36,19 @@ SetEnv QEMU_CPU={CPU}
 """
 
 
-def unpack_rootfs(folder: Path) -> None:
-    """Write the userland into a new folder; the first time it is bootstrapped, for minutes."""
+def bootstrap() -> Path:
+    """Return the packed userland; the first time it is bootstrapped, for minutes."""
     command: list[str | Path] = [
         "mmdebstrap", "--architectures=arm64", "--variant=minbase", "--format=tar",
         f"--include={','.join(PACKAGES)}", *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
         f'--customize-hook=chroot "$1" {ADD_USER}', SUITE,
     ]  # fmt: skip
-    packed = keep("rootfs", command, lambda path: run_quietly([*command, path]))
+    return keep("rootfs", command, lambda path: run_quietly([*command, path]))
+
+
+def unpack_rootfs(folder: Path) -> None:
+    """Write the userland into a new folder."""
+    packed = bootstrap()
     folder.mkdir(parents=True)
     run_quietly(["tar", "-x", "-p", "--numeric-owner", "-C", folder, "-f", packed])
 
@@ -77,3 +85,7 @@ def install_runtimes(root: Path, requirements: Sequence[str]) -> None:
     for platform in PLATFORMS:
         command += ["--platform", platform]
     run_quietly([*command, *requirements])
+
+
+if __name__ == "__main__":
+    bootstrap()
