@@ -1,6 +1,6 @@
 """A Debian for aarch64 as a Raspberry Pi has it, with a user, an SSH server, and no runtimes.
 
-    python -m tests.emulated.rootfs    # bootstraps it ahead of the tests, which keep it
+python -m tests.emulated.rootfs    # bootstraps it ahead of the tests, which keep it
 """
 
 import shutil
