@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/phiship ship examples/tiny-phi3 embedded --recipe tiny-phi3-gguf-q4_0 --out $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 $(CLIENTS)/ready: tests/clients/requirements.txt
 	$(PYTHON) -m venv $(CLIENTS)
