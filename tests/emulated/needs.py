@@ -11,6 +11,7 @@ import pytest
 # Program or file, and the Debian package it comes in.
 USERLAND = {
     "mmdebstrap": "mmdebstrap",
+    "arch-test": "arch-test",  # only a recommended package of mmdebstrap, which fails without
     "qemu-aarch64-static": "qemu-user-static",
     "ssh-keygen": "openssh-client",
     "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
