@@ -87,3 +87,11 @@ def write_adapter(
 def write_case(folder: Path, case: str, shapes: Mapping[str, tuple[int, ...]]) -> Path:
     """Write the adapter of a case for a checkpoint with tensors of these shapes."""
     return write_adapter(folder, make_adapter(shapes, RANKS.get(case)), **CASES[case])
+
+
+def write_adapter_of(checkpoint: Path, folder: Path, lora_alpha: int) -> Path:
+    """Write one for a checkpoint whose weights are smaller than random ones."""
+    from toolkit.checkpoint import Checkpoint  # not where goldens are made with torch
+
+    shapes = {name: info.shape for name, info in Checkpoint.open(checkpoint).tensors.items()}
+    return write_adapter(folder, make_adapter(shapes), lora_alpha=lora_alpha)

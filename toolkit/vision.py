@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from toolkit.errors import PlanError
+
 PICTURE_CROPS = 17  # as published: at most 16, and the whole
 LEAST_TEXT = 160  # tokens beside a picture
 
@@ -146,3 +148,20 @@ class Preprocessing:
     crops: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+def check_precision(
+    where: str, wanted: object, vision: VisionEncoder | None, *, is_low: bool, allowed: str
+) -> None:
+    """PlanError for a tower's precision of a model without one, or one in which it sees badly.
+
+    `wanted` is what the recipe says at `where`, None for nothing; `is_low` when that is 4 bits or
+    fewer a weight.
+    """
+    if vision is None and wanted is not None:
+        raise PlanError(f"{where}: got {wanted}; this model reads no pictures: leave it out")
+    if vision and is_low:
+        raise PlanError(
+            f"{where}: got {wanted}; 4 bits move a picture's features by about 31 %; allowed "
+            f"{allowed}"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.adapters import make_adapter, write_adapter
+from tests.adapters import make_adapter, write_adapter, write_adapter_of
 from tests.cli.commands import events, run
 from toolkit.artifact import Manifest, read_manifest
 from toolkit.checkpoint import Checkpoint
@@ -38,10 +38,8 @@ def write_recipe(path: Path, **fields: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(example: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of the bundled example, whose weights are smaller than random ones."""
-    shapes = {name: info.shape for name, info in Checkpoint.open(example).tensors.items()}
-    folder = tmp_path_factory.mktemp("lora") / "adapter"
-    return write_adapter(folder, make_adapter(shapes), lora_alpha=12)
+    """An adapter of the bundled example."""
+    return write_adapter_of(example, tmp_path_factory.mktemp("lora") / "adapter", lora_alpha=12)
 
 
 @pytest.fixture(scope="module")

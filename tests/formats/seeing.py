@@ -3,12 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.vision_checkpoints import write_vision_checkpoint
+from toolkit.artifact import Chat, Limits
 from toolkit.checkpoint import Checkpoint
+from toolkit.console import Console
 from toolkit.decoder import Decoder
 from toolkit.families import read_decoder
+from toolkit.formats import Session
 from toolkit.progress import ignore
 from toolkit.quality import picture
+from toolkit.quality.gate import FailedGateError, run_gate
 from toolkit.quality.reference import CheckpointWeights, states_of_embedded
 from toolkit.quality.vision import make_features
 from toolkit.runner.images import Pixels
@@ -57,3 +63,18 @@ def ask(pixels: Pixels, last: int = 310) -> list[int]:
     for number, count in enumerate(pixels.counts, start=1):
         ids += [-number] * count + [1, 310 + number]
     return [*ids[:-1], last]
+
+
+def expect_blame_on_pictures(
+    session: Session, checkpoint: Checkpoint, decoder: Decoder, chat: Chat, limits: Limits
+) -> None:
+    """Run the gate, which has to fail by its picture alone, and close the session."""
+    with pytest.raises(FailedGateError, match="picture: logits: the m") as error:
+        run_gate(
+            session, checkpoint, decoder, chat, limits, check_logits=True, smoke=None,
+            console=Console(as_json=True),
+        )  # fmt: skip
+    session.close()
+    failed = [one.name for one in error.value.quality.measures if not one.ok]
+    assert failed
+    assert all(name.startswith("picture: ") for name in failed)

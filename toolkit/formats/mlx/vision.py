@@ -4,7 +4,7 @@ from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
 from toolkit.formats.mlx.recipe import MlxRecipe
 from toolkit.formats.mlx.schemes import UNQUANTIZED, VISION_BITS
-from toolkit.vision import VisionEncoder
+from toolkit.vision import VisionEncoder, check_precision
 
 # Resident while a picture of 16 crops goes through layers of CLIP-L's width, on a CPU: 226 MB.
 PICTURE_BYTES = 250_000_000
@@ -14,15 +14,11 @@ CLIP_L = (1024, 24, 16, 4096)  # width, layers, heads, intermediate: mlx-vlm kno
 def check_vision(recipe: MlxRecipe, decoder: Decoder) -> None:
     """PlanError for what a recipe cannot ask of a model that sees, or of one that does not."""
     where, wanted = f"{recipe.name}: quantization.vision_bits", recipe.quantization.vision_bits
+    is_low = (wanted or VISION_BITS) < VISION_BITS
+    allowed = f"{VISION_BITS} (3 %), {UNQUANTIZED}"
+    check_precision(where, wanted, decoder.vision, is_low=is_low, allowed=allowed)
     if decoder.vision is None:
-        if wanted is not None:
-            raise PlanError(f"{where}: got {wanted}; this model reads no pictures: leave it out")
         return
-    if (wanted or VISION_BITS) < VISION_BITS:
-        raise PlanError(
-            f"{where}: got {wanted}; 4 bits move a picture's features by about 31 %; allowed "
-            f"{VISION_BITS} (3 %), {UNQUANTIZED}"
-        )
     size = recipe.quantization.group_size
     columns = (decoder.vision.width, decoder.vision.intermediate, decoder.vision.hidden)
     if wanted != UNQUANTIZED and any(count % size for count in columns):

@@ -19,7 +19,7 @@ from toolkit.formats.onnx.recipe import OnnxRecipe
 from toolkit.formats.onnx.tower import BLOCK_SIZE, FLOAT, add_projector, add_tower
 from toolkit.runner.engines.onnxruntime_genai import SWITCHES
 from toolkit.runner.images import HALF_TAPS
-from toolkit.vision import Preprocessing, VisionEncoder
+from toolkit.vision import Preprocessing, VisionEncoder, check_precision
 
 VISION_FILE = "vision.onnx"
 TYPE = "phi3v"  # of model, for onnxruntime-genai
@@ -37,15 +37,11 @@ def check_vision(recipe: OnnxRecipe, decoder: Decoder) -> None:
     """PlanError for what a recipe cannot ask of a model that sees, or of one that does not."""
     where, wanted = f"{recipe.name}: quantization.vision", recipe.quantization.vision
     vision = decoder.vision
+    check_precision(
+        where, wanted, vision, is_low=wanted == "int4", allowed="int8 (3 %), fp16, fp32"
+    )
     if vision is None:
-        if wanted is not None:
-            raise PlanError(f"{where}: got {wanted}; this model reads no pictures: leave it out")
         return
-    if wanted == "int4":
-        raise PlanError(
-            f"{where}: int4 moves a picture's features by about 31 %; allowed int8 (3 %), fp16, "
-            "fp32"
-        )
     if recipe.io_dtype != FLOAT:
         raise PlanError(
             f"{recipe.name}: a model that reads pictures is written for provider cpu with "

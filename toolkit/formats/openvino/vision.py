@@ -18,7 +18,7 @@ from toolkit.formats.openvino.recipe import Kind, OpenvinoRecipe
 from toolkit.formats.openvino.tower import add_projector, add_tower, place_module
 from toolkit.runner.sight import LANGUAGE, PROJECTOR, TEXT, TOWER
 from toolkit.stream import DataFile
-from toolkit.vision import VisionEncoder
+from toolkit.vision import VisionEncoder, check_precision
 
 DEFAULT: Kind = "int8"  # of the tower's matrices
 # openvino-genai's versions that exchange a picture's height and width where they lay out its crops:
@@ -38,15 +38,9 @@ NOTE = (
 def check_vision(recipe: OpenvinoRecipe, decoder: Decoder) -> None:
     """PlanError for what a recipe cannot ask of a model that sees, or of one that does not."""
     where, wanted = f"{recipe.name}: quantization.vision", recipe.quantization.vision
-    if decoder.vision is None:
-        if wanted is not None:
-            raise PlanError(f"{where}: got {wanted}; this model reads no pictures: leave it out")
-        return
-    if wanted == "int4":
-        raise PlanError(
-            f"{where}: int4 moves a picture's features by about 31 %; allowed int8 (3 %), f16"
-        )
-    if recipe.provider != "cpu":
+    is_low = wanted == "int4"
+    check_precision(where, wanted, decoder.vision, is_low=is_low, allowed="int8 (3 %), f16")
+    if decoder.vision and recipe.provider != "cpu":
         raise PlanError(
             f"{recipe.name}: provider: got {recipe.provider}; a model that reads pictures was run "
             "on CPUs only; allowed cpu"
