@@ -6,12 +6,17 @@ import os
 # thread for every core wait for each other, minutes in all.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import hashlib
+import importlib.util
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from tests.cache import keep
 from toolkit import catalog
 from toolkit.build import build
 from toolkit.checkpoint import Checkpoint
@@ -33,6 +38,16 @@ RECIPES = {
     "openvino": "tiny-phi3-openvino-int4",
     "mlx": "tiny-phi3-mlx-4bit",
 }
+
+
+def load_module(name: str, path: Path) -> ModuleType:
+    """Import a program of examples/, whose folders are no packages."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +82,18 @@ def real_tokenizer() -> Path:
     if not folder:
         pytest.skip("PHISHIP_TEST_DATA names no folder with Phi-3's tokenizer files")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def real_lm() -> Path:
+    """A real language model in Phi-3's architecture (examples/real-lm), made once a machine."""
+    program = ROOT / "examples" / "real-lm" / "make.py"
+    maker = load_module("real_lm_make", program)
+    digest = hashlib.sha256(program.read_bytes()).hexdigest()
+    try:
+        return keep("real-lm", digest, maker.make)
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulated.cache import FOLDER
+from tests.cache import FOLDER
 from toolkit.console import Console
 
 

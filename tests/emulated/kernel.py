@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.emulated.cache import keep, remove, run_quietly
+from tests.cache import keep, remove, run_quietly
 from tests.emulated.rootfs import SUITE
 
 PACKAGES = ("linux-image-arm64", "busybox-static")

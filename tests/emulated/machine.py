@@ -5,8 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.cache import keep, remove, run_quietly
 from tests.deploy.sshd import LOOPBACK, find_free_port
-from tests.emulated.cache import keep, remove, run_quietly
 from tests.emulated.identity import COMPATIBLE, HOST_NAME, MODEL
 from tests.emulated.kernel import make_kernel
 from tests.emulated.rootfs import (

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from tests.cache import keep, run_quietly
 from tests.deploy.sshd import make_key
-from tests.emulated.cache import keep, run_quietly
 
 SUITE = "bookworm"
 PACKAGES = ("python3", "python3-venv", "openssh-server", "iproute2", "libgomp1")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.cache import remove
 from tests.deploy.sshd import find_free_port
-from tests.emulated.cache import remove
 from tests.emulated.rootfs import open_door, unpack_rootfs
 from tests.emulated.ssh import describe_board, wait_for_ssh
 from toolkit.device import Device

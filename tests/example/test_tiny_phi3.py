@@ -3,12 +3,10 @@
 How well it answers is measured by `train.py --evaluate` and by the tests that run artifacts.
 """
 
-import importlib.util
 import json
 import re
 import string
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data import topics
@@ -19,6 +17,8 @@ import jinja2
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer
+
+from tests.conftest import load_module
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "tiny-phi3"
 LARGEST_FOLDER_BYTES = 8_000_000
@@ -49,12 +49,7 @@ PROBE_TEXTS = (
 
 
 def load_questions() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tiny_phi3_questions", FOLDER / "questions.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+    return load_module("tiny_phi3_questions", FOLDER / "questions.py")
 
 
 def read_json(name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # Read once: tests give themselves another home.
-FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phiship" / "emulated"
+FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phiship" / "tests"
 
 
 def keep(kind: str, recipe: object, make: Callable[[Path], None]) -> Path:

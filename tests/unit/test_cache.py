@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulated import cache
+from tests import cache
 
 
 @pytest.fixture(autouse=True)
