@@ -47,7 +47,7 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Smoke(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A question the deployed model must answer with a text that contains `expect`."""
+    """A question that the deployed model must answer with `expect` in it, or at all if empty."""
 
     prompt: str
     expect: str

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from toolkit import formats, yamlfile
+from toolkit.decoder import Decoder
 from toolkit.errors import SettingsError
 from toolkit.model import Model
 from toolkit.recipe import Recipe
@@ -32,6 +33,24 @@ def load_recipes(model: str) -> tuple[Recipe, ...]:
     prefix = f"{model}-"  # recipes are named <model>-<format>-...
     found = [load_recipe(name) for name in names("recipes") if name.startswith(prefix)]
     return tuple(recipe for recipe in found if recipe.model == model)
+
+
+def find_recipes(model: str, decoder: Decoder) -> tuple[Recipe, ...]:
+    """A model's bundled recipes; of one that is not bundled those for any model, as its own."""
+    if model in names("models"):
+        return load_recipes(model)
+    return tuple(recipe.bind(model, decoder) for recipe in _load_general_recipes())
+
+
+@cache
+def _load_general_recipes() -> tuple[Recipe, ...]:
+    """The bundled recipes for any model, in order of name."""
+    found = (load_recipe(name) for name in names("recipes") if name.startswith(_list_formats()))
+    return tuple(recipe for recipe in found if not recipe.model)
+
+
+def _list_formats() -> tuple[str, ...]:
+    return tuple(formats.names())
 
 
 @cache

@@ -293,13 +293,13 @@ def _write(
 
 
 def _source_of(manifest: Manifest) -> str:
-    model = catalog.load_model(manifest.source.model)
-    if manifest.source.revision == LOCAL_REVISION:
+    name, revision = manifest.source.model, manifest.source.revision
+    if revision == LOCAL_REVISION or name not in catalog.names("models"):
         raise CheckpointError(
-            f"{manifest.name} was made from a local folder, which its manifest does not name",
+            f"{manifest.name} was made from a checkpoint that its manifest does not name",
             advice="give it with --checkpoint DIR",
         )
-    return f"{model.id}@{manifest.source.revision}"
+    return f"{catalog.load_model(name).id}@{revision}"
 
 
 def _recipe_of(manifest: Manifest, folder: Path) -> Recipe:

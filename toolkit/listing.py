@@ -18,7 +18,7 @@ from toolkit.errors import SettingsError
 from toolkit.families import read_decoder
 from toolkit.plan import Plan, check_fit, make_plan, measure_tokenizer
 from toolkit.recipe import Recipe
-from toolkit.source import choose_adapter, open_source
+from toolkit.source import bind_recipe, choose_adapter, open_source
 from toolkit.target import Target
 from toolkit.vendor.environment import Found, cache_folder, look, setup
 
@@ -72,6 +72,8 @@ def show_plan(
     recipe = recipe.with_adapter_apart() if adapter_apart else recipe
     target = catalog.load_target(target_name) if target_name else None
     opened = open_source(checkpoint, console, adapter) if checkpoint else None
+    if opened and checkpoint:
+        recipe = bind_recipe(recipe, opened, checkpoint)
     decoder = _decoder(recipe, opened)
     found = find_adapter(opened) if opened else None
     if adapter and not opened:
@@ -114,6 +116,10 @@ def show_plan(
 def _decoder(recipe: Recipe, checkpoint: Checkpoint | None) -> Decoder:
     """The checkpoint's architecture; without one, that of the recipe's model."""
     if checkpoint is None:
+        if not recipe.model:
+            raise SettingsError(
+                f"{recipe.name}: this recipe is for any model", advice="give --checkpoint DIR"
+            )
         model = catalog.load_model(recipe.model)
         return read_decoder(Config(f"models/{model.name}.yaml", model.config))
     decoder = read_decoder(checkpoint.config)

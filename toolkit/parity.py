@@ -25,7 +25,7 @@ from toolkit.quality.comparing import read_source
 from toolkit.quality.gate import probe_ids
 from toolkit.quality.measures import Comparison, compare_logits
 from toolkit.recipe import Recipe
-from toolkit.source import open_source
+from toolkit.source import bind_recipe, open_source
 from toolkit.vendor import Command
 from toolkit.vendor.environment import locate
 from toolkit.vendor.running import Cost, run
@@ -101,6 +101,7 @@ def compare(
     locate(formats.get_vendor(recipe.format).VENDOR)
     checkpoint = open_source(source, console)
     decoder = read_decoder(checkpoint.config)
+    recipe = bind_recipe(recipe, checkpoint, str(checkpoint.folder))
     make_plan(recipe.with_engine("vendor"), decoder)  # refused before ours is built
     more = ["--force-memory"] if force_memory else []
     with tempfile.TemporaryDirectory(prefix="phiship-parity-", dir=work) as made:

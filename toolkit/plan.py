@@ -350,7 +350,8 @@ def what_fits(plan: Plan, target: Target) -> list[str]:
 def _plan_all(model: str, decoder: Decoder) -> tuple[Plan, ...]:
     """The plans of a model's bundled recipes that can be made, first choices first."""
     plans = []
-    for recipe in sorted(catalog.load_recipes(model), key=lambda recipe: not recipe.first_choice):
+    recipes = catalog.find_recipes(model, decoder)
+    for recipe in sorted(recipes, key=lambda recipe: not recipe.first_choice):
         with contextlib.suppress(PhishipError):
             plans.append(make_plan(recipe, decoder))
     return tuple(plans)

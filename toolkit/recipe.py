@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from toolkit.artifact import Limits, Smoke
+from toolkit.decoder import Decoder
 
 Engine = Literal["native", "vendor"]
 Method = Literal["rtn", "gptq"]
@@ -36,6 +37,7 @@ class Recipe(
 ):
     """What every recipe has; `name` is the file's own name, never written in it.
 
+    `model` is empty in a recipe for any model; `bind` then gives it the checkpoint's.
     `engine` vendor has the vendor's own converter make the artifact, in an environment of its own.
     `first_choice` recipes are what `ship` takes before the others of their format. `adapter` is a
     folder with a LoRA adapter to merge into the checkpoint, seen from the recipe's own file; with
@@ -43,7 +45,7 @@ class Recipe(
     """
 
     name: str = ""
-    model: str
+    model: str = ""
     title: str
     quantization: Quantization
     engine: Engine = "native"
@@ -58,6 +60,12 @@ class Recipe(
     def format(self) -> str:
         """Name of the output format."""
         return str(self.__struct_config__.tag)
+
+    def bind(self, model: str, decoder: Decoder) -> "Recipe":
+        """A recipe for any model as one of this model; its context is the model's at most."""
+        context = min(self.context_length or decoder.context, decoder.context)
+        name = f"{model}-{self.name}"
+        return msgspec.structs.replace(self, name=name, model=model, context_length=context)
 
     def with_engine(self, engine: Engine) -> "Recipe":
         """The same recipe, made by another engine."""

@@ -20,7 +20,7 @@ from toolkit.preflight import describe_target, list_ways
 from toolkit.recipe import Recipe
 from toolkit.remote import read_facts
 from toolkit.report import Report
-from toolkit.source import choose_adapter, find_model, open_source
+from toolkit.source import bind_recipe, choose_adapter, list_recipes, open_source
 from toolkit.ssh.embedded import running
 from toolkit.ssh.session import Session, open_session
 
@@ -55,10 +55,11 @@ def ship(
             step.measured = f"{facts.board or facts.machine}, {memory} of memory free"
         with report.step("choose recipe") as step:
             if asked:
-                recipe = asked
+                recipe = bind_recipe(asked, checkpoint, reference)
                 step.measured = f"{recipe.name}, as asked"
             else:
-                recipe = choose(find_model(decoder, reference), decoder, session, facts, options)
+                recipes = list_recipes(checkpoint, reference, ())
+                recipe = choose(recipes, decoder, session, facts, options)
                 step.measured = recipe.name
     if push.smoke:
         recipe = msgspec.structs.replace(recipe, smoke=push.smoke)
@@ -67,14 +68,14 @@ def ship(
 
 
 def choose(
-    model: str, decoder: Decoder, session: Session, facts: Facts, options: Options
+    recipes: Sequence[Recipe], decoder: Decoder, session: Session, facts: Facts, options: Options
 ) -> Recipe:
     """The best way's recipe that fits the device, its first choice or else the smallest.
 
     PlanError says why none fits.
     """
     plans = {
-        way: _plan_way(model, way, decoder, options) for way in _order_ways(session.device, facts)
+        way: _plan_way(recipes, way, decoder, options) for way in _order_ways(session.device, facts)
     }
     there = describe_target(facts, tuple(_find_runnable(session, facts, plans)))
     problems = []
@@ -84,7 +85,7 @@ def choose(
             return plan.recipe
         problems.append(problem)
     raise PlanError(
-        f"{session.device.name}: no bundled recipe of {model} fits: "
+        f"{session.device.name}: no bundled recipe of {recipes[0].model} fits: "
         f"{'; '.join(dict.fromkeys(problems)) or 'none'}",
         advice="name one with --recipe, or shorten the cache with --context",
     )
@@ -113,10 +114,12 @@ def _order_ways(device: Device, facts: Facts) -> tuple[str, ...]:
     return MAC_WAYS if facts.system == "Darwin" else ARM_WAYS
 
 
-def _plan_way(model: str, way: str, decoder: Decoder, options: Options) -> list[Plan]:
-    """Plans of the model's recipes for a way: first choices first, then the smallest."""
+def _plan_way(
+    recipes: Sequence[Recipe], way: str, decoder: Decoder, options: Options
+) -> list[Plan]:
+    """Plans of the recipes for a way: first choices first, then the smallest."""
     plans = []
-    for recipe in catalog.load_recipes(model):
+    for recipe in recipes:
         if recipe.format != way.partition("/")[0]:
             continue
         with suppress(PhishipError):

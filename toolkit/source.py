@@ -5,13 +5,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 from toolkit import catalog, formats
+from toolkit.artifact import make_safe
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
 from toolkit.checkpoint.hub import is_local, resolve
 from toolkit.checkpoint.lora import MergedCheckpoint, look, merge
 from toolkit.console import Console
 from toolkit.decoder import Decoder
-from toolkit.errors import CheckpointError, PlanError, SettingsError, UnsupportedError
+from toolkit.errors import CheckpointError, SettingsError, UnsupportedError
 from toolkit.families import read_decoder
 from toolkit.recipe import Recipe
 
@@ -68,21 +69,30 @@ def _check_used(merged: MergedCheckpoint, adapter: Path) -> None:
 
 
 def list_recipes(checkpoint: Checkpoint, reference: str, kinds: Collection[str]) -> list[Recipe]:
-    """Every bundled recipe of the checkpoint's model, of these formats or of all.
+    """Every bundled recipe for the checkpoint, of these formats or of all.
 
     `reference` is the id or path it was given by. SettingsError for a format that is unknown.
     """
     if unknown := sorted(set(kinds) - set(formats.names())):
         raise SettingsError(f"--format {unknown[0]}: unknown; allowed {', '.join(formats.names())}")
-    model = find_model(read_decoder(checkpoint.config), reference)
-    return [one for one in catalog.load_recipes(model) if not kinds or one.format in kinds]
+    decoder = read_decoder(checkpoint.config)
+    recipes = catalog.find_recipes(find_model(decoder, reference), decoder)
+    return [one for one in recipes if not kinds or one.format in kinds]
+
+
+def bind_recipe(recipe: Recipe, checkpoint: Checkpoint, reference: str) -> Recipe:
+    """A recipe for any model as one of the checkpoint's; another recipe as it is."""
+    if recipe.model:
+        return recipe
+    decoder = read_decoder(checkpoint.config)
+    return recipe.bind(find_model(decoder, reference), decoder)
 
 
 def find_model(decoder: Decoder, hint: str) -> str:
-    """Name of the bundled model with this checkpoint's shape; PlanError when there is none.
+    """Name of the bundled model with this checkpoint's shape; of another the end of `hint`.
 
-    Where two have the same shape (3-mini-128k and 3.5-mini), `hint`, the checkpoint's id or path,
-    decides; their recipes make the same bytes.
+    `hint` is the checkpoint's id or path. It decides where two have the same shape (3-mini-128k and
+    3.5-mini); their recipes make the same bytes.
     """
     found = {}
     for name in catalog.names("models"):
@@ -90,11 +100,7 @@ def find_model(decoder: Decoder, hint: str) -> str:
         if _shape(read_decoder(Config(name, model.config))) == _shape(decoder):
             found[name] = model.id.rpartition("/")[2].lower()
     if not found:
-        raise PlanError(
-            f"no bundled model has this checkpoint's shape ({decoder.layers} layers x "
-            f"{decoder.hidden}, vocabulary {decoder.vocab}, context {decoder.context})",
-            advice="name a recipe with --recipe: any whose format you want works",
-        )
+        return make_safe(Path(hint.partition("@")[0]).resolve().name, "model")
     named = [name for name, tail in found.items() if tail in hint.lower()]
     return (named or list(found))[0]
 

@@ -19,7 +19,16 @@ from toolkit.errors import (
 )
 from toolkit.remote import Service, read_facts, read_service
 from toolkit.report import Report
-from toolkit.smoke import CURRENT, Answer, ask, check_answer, check_health, describe_limits, quote
+from toolkit.smoke import (
+    CURRENT,
+    Answer,
+    ask,
+    check_answer,
+    check_health,
+    describe,
+    describe_limits,
+    quote,
+)
 from toolkit.ssh.session import Session
 
 # Lets a release answer a question: its own runner, or another program that serves it.
@@ -54,7 +63,7 @@ def put_into_use(session: Session, trial: Trial, report: Report) -> None:
 
 def _try_release(session: Session, trial: Trial, report: Report, service: Service) -> None:
     device, release, smoke = session.device, trial.release, trial.smoke
-    with report.step("smoke test", limit=f"contains {quote(smoke.expect)}") as step:
+    with report.step("smoke test", limit=describe(smoke)) as step:
         try:
             staged = trial.ask(session, release, smoke)
             step.measured = f"{quote(smoke.prompt)}: {staged.describe()}"

@@ -24,7 +24,8 @@ def known_decoder(model: str) -> Decoder:
 @pytest.mark.parametrize("name", catalog.names("recipes"))
 def test_every_recipe_plans_and_says_what_each_target_lacks(name: str) -> None:
     recipe = catalog.load_recipe(name)
-    plan = make_plan(recipe, known_decoder(recipe.model))
+    decoder = known_decoder(recipe.model or "phi-3.5-mini")
+    plan = make_plan(recipe if recipe.model else recipe.bind("fine-tune", decoder), decoder)
     assert plan.device_memory_bytes > plan.data.size_bytes > 0
     for target_name in catalog.names("targets"):
         target = catalog.load_target(target_name)
@@ -53,8 +54,8 @@ def test_recipe_names_follow_the_pattern() -> None:
     for name in catalog.names("recipes"):
         recipe = catalog.load_recipe(name)
         kinds = "onnx-(cpu|cuda)|gguf|openvino|mlx"
-        assert re.fullmatch(rf"({models})-({kinds})-[a-z0-9_-]+", name), name
-        assert name.startswith(f"{recipe.model}-{recipe.format}")
+        assert re.fullmatch(rf"(({models})-)?({kinds})-[a-z0-9_-]+", name), name
+        assert name.startswith(f"{recipe.model}-{recipe.format}".lstrip("-"))
 
 
 def test_known_sizes() -> None:

@@ -1,12 +1,15 @@
 """`phiship ship`, `deploy`, `probe`, `status` from end to end, on the embedded device."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cli.commands import events, run
-from toolkit.errors import ArtifactError, PlanError, PreflightError, SmokeError
+from tests.quality.sources import edit_json
+from toolkit.artifact import read_manifest
+from toolkit.errors import ArtifactError, PreflightError, SmokeError
 
 RECIPES = [
     "tiny-phi3-onnx-cpu-int4",
@@ -14,6 +17,8 @@ RECIPES = [
     "tiny-phi3-openvino-int4",
     "tiny-phi3-mlx-4bit",
 ]
+
+SHORTER = {"max_position_embeddings": 256, "original_max_position_embeddings": 256}
 
 
 def step(done: object, name: str) -> dict[str, object]:
@@ -81,18 +86,20 @@ def test_uninstall_asks_first(tmp_path: Path) -> None:
     assert "Remove every release from embedded" in done.stdout + done.stderr
 
 
-def test_a_device_that_is_too_small_is_refused_before_anything_is_built(
+def test_a_model_that_is_not_bundled_takes_a_recipe_for_any_model(
     example: Path, tmp_path: Path
 ) -> None:
-    """A checkpoint of no bundled model's shape: nothing can be chosen for it."""
-    from tests.checkpoints import write_random_checkpoint
-
-    other = write_random_checkpoint(tmp_path / "other", "gqa")
+    fine_tune = Path(shutil.copytree(example, tmp_path / "fine-tune"))
+    edit_json(fine_tune / "config.json", lambda config: config.update(SHORTER))
     place = {"PHISHIP_EMBEDDED_ROOT": str(tmp_path / "device")}
-    done = run("ship", str(other), "embedded", "--out", str(tmp_path / "out"), "--json", **place)
-    assert done.returncode == PlanError.exit_code
-    assert "--recipe" in events(done)[-1]["advice"]
-    assert not (tmp_path / "out").exists()
+    done = run("ship", str(fine_tune), "embedded", "--out", str(tmp_path), "--json", **place)
+    assert done.returncode == 0, done.stdout
+    manifest = read_manifest(tmp_path / "fine-tune-onnx-cpu-int4")
+    assert manifest.source.model == "fine-tune"
+    assert manifest.context_length == 256  # the recipe's is longer
+    built = run("build", "gguf-q8_0", "--checkpoint", str(fine_tune), "--out", str(tmp_path))
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "fine-tune-gguf-q8_0").is_dir()
 
 
 def test_a_wrong_answer_leaves_the_device_as_it_was(

@@ -126,7 +126,7 @@ def build_command(
     from toolkit.adapt import Wanted, adapt_recipes
     from toolkit.build import build_all, raise_on_sigterm, require_all
     from toolkit.job import Options
-    from toolkit.source import choose_adapter, list_recipes, open_source
+    from toolkit.source import bind_recipe, choose_adapter, list_recipes, open_source
 
     if bool(recipe) == build_all_of:
         raise click.UsageError("give either a RECIPE or --all")
@@ -146,6 +146,7 @@ def build_command(
         own = recipes[0] if recipes else None
         adapter = choose_adapter(own, adapter, apart=adapter_apart)
         opened = open_source(checkpoint, console, adapter)
+        recipes = [bind_recipe(one, opened, checkpoint) for one in recipes]
         recipes = recipes or list_recipes(opened, checkpoint, kinds)
         recipes = adapt_recipes(recipes, opened, wanted, console, report, context)
         results = build_all(recipes, opened, out, options, console, report)

@@ -32,7 +32,7 @@ from toolkit.formats.gguf.ollama import (
 )
 from toolkit.ollama.client import Ollama
 from toolkit.report import Report
-from toolkit.smoke import Answer, check_answer, check_health, describe_limits, quote
+from toolkit.smoke import Answer, check_answer, check_health, describe, describe_limits, quote
 from toolkit.ssh.embedded import running
 from toolkit.ssh.tunnel import LOOPBACK, tunneling
 
@@ -263,7 +263,7 @@ def _delete_quietly(ollama: Ollama, tag: str) -> None:
 
 
 def _smoke_test(target: Target, tag: str, smoke: Smoke, report: Report) -> Answer:
-    with report.step("smoke test", limit=f"contains {quote(smoke.expect)}") as step:
+    with report.step("smoke test", limit=describe(smoke)) as step:
         answer = target.ask(tag, smoke)
         step.measured = f"{quote(smoke.prompt)}: {answer.describe()}"
     return answer

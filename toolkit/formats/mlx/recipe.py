@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from toolkit.decoder import Decoder
 from toolkit.recipe import Quantization, Recipe
 
 Bits = Literal[2, 3, 4, 5, 6, 8, 16]
@@ -50,3 +51,8 @@ class MlxRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, t
     provider: Literal["metal", "cpu"] = "metal"
     rope_factors: Literal["short", "long"] | None = None
     quantization: MlxQuantization
+
+    def bind(self, model: str, decoder: Decoder) -> Recipe:
+        """As every recipe; the short factors where the model has LongRoPE and nothing is said."""
+        factors = self.rope_factors or ("short" if decoder.rope.is_long else None)
+        return msgspec.structs.replace(super().bind(model, decoder), rope_factors=factors)
