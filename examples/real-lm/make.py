@@ -170,9 +170,11 @@ def write_tensors(path: Path, tensors: Iterator[tuple[str, Floats]], dtype: str)
         body.seek(0)
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)
-        with path.open("wb") as stream:
+        part = path.with_suffix(".part")
+        with part.open("wb") as stream:
             stream.write(struct.pack("<Q", len(head)) + head)
             shutil.copyfileobj(body, stream, 1 << 20)
+    part.replace(path)  # whole, or not there
     return weights
 
 

@@ -160,4 +160,4 @@ def test_a_kind_of_tower_that_is_refused(built: Path) -> None:
     recipe.write_text(refused, encoding="utf-8")
     done = run("plan", str(recipe), "--checkpoint", str(built / "source"))
     assert done.returncode == 6
-    assert "quantization.vision: int4 moves a picture's features" in done.stderr
+    assert "quantization.vision: got int4; 4 bits move a picture's features" in done.stderr

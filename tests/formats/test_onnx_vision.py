@@ -137,7 +137,7 @@ def test_every_tensor_of_the_checkpoint_is_stored_or_unused(source: Source) -> N
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"vision": "int4"}, "int4 moves a picture's features"),
+        ({"vision": "int4"}, "4 bits move a picture's features"),
         ({"precision": "fp16", "head": "fp16"}, "with precision int4 or fp32 only"),
     ],
 )

@@ -197,7 +197,7 @@ def test_an_int8_tower_sees_almost_the_same(source: Source, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"vision": "int4"}, "int4 moves a picture's features"),
+        ({"vision": "int4"}, "4 bits move a picture's features"),
         ({"provider": "gpu"}, "was run on CPUs only"),
     ],
 )
