@@ -10,7 +10,7 @@ from tests.deploy.sshd import LOOPBACK, find_free_port
 from tests.emulated.identity import COMPATIBLE, HOST_NAME, MODEL
 from tests.emulated.kernel import make_kernel
 from tests.emulated.rootfs import (
-    ADD_USER,
+    CONFIGURE,
     CPU,
     PACKAGES,
     RUNTIME_PYTHON,
@@ -49,7 +49,7 @@ exec /usr/sbin/sshd -D
 def make_disk() -> Path:
     """Return a folder with disk.img and the keys to it; making it takes minutes, once."""
     requirements = name_runtimes(RUNTIMES)
-    recipe = [SUITE, PACKAGES, ADD_USER, SSHD_CONFIG, DISK_SIZE, INIT, requirements]
+    recipe = [SUITE, PACKAGES, CONFIGURE, SSHD_CONFIG, DISK_SIZE, INIT, requirements]
 
     def make(folder: Path) -> None:
         root = folder / "root"
