@@ -34,7 +34,7 @@ demo-real: setup
 	$(BIN)/python examples/real-lm/demo.py $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 $(CLIENTS)/ready: tests/clients/requirements.txt
 	$(PYTHON) -m venv $(CLIENTS)

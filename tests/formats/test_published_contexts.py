@@ -25,11 +25,14 @@ from toolkit.quality import reference
 from toolkit.recipe import Recipe
 
 CASES = [(shape, length) for shape in SHAPES for length in LENGTHS[shape]]
+# One key more than the window, in one position, is hardly seen; of the shapes with LongRoPE one is
+# run on both sides of the switch.
+ASKED = [case for case in CASES if case not in (("mini-4k", 2048), ("medium-128k", 4096))]
 # mlx-lm's attention takes 10 to 20 s on a CPU at these lengths: one with LongRoPE is enough of it.
 RUNS = [
     (kind, shape, length)
     for kind in ("onnx", "openvino", "gguf", "mlx")
-    for shape, length in CASES
+    for shape, length in ASKED
     if kind != "mlx"
     or (shape, length) in (("mini-4k", 2047), ("mini-4k", 2300), ("phi-3.5-mini", 4097))
 ]
@@ -99,7 +102,7 @@ def test_runtimes_agree_where_the_plan_says_so_and_only_there(
     first, last = plan.needs.valid_context
     if first <= length <= last:
         assert found < (HALF if kind == "gguf" else EXACT)
-    elif length > last + 1:  # one key more than the window, in one position, is hardly seen
+    else:
         assert is_fixed
         assert found > DIFFERENT
 
