@@ -13,6 +13,8 @@ from toolkit.progress import Advance, ignore
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+# What renders a template that is carried: older ones let templates out of the sandbox.
+REQUIREMENT = "jinja2>=3.1.6"
 HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -36,14 +38,46 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     adapter: str = ""
 
 
-class Chat(msgspec.Struct, frozen=True, kw_only=True):
-    """The checkpoint's chat template as data: text before and after each role's content."""
+class Template(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A Jinja template that no data can stand for, and why; `tokens` are its special tokens.
+
+    `tool_use` is the one for chats with tools, where there is another. White space behind
+    `strippers` is dropped. `roles` are those whose content the template writes.
+    """
+
+    text: str
+    why: str
+    tokens: dict[str, str] = {}
+    tool_use: str = ""
+    strippers: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+
+
+class Chat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The checkpoint's chat template: text before and after each role's content, or the template.
+
+    An empty message of a role in `skips_empty` writes nothing; behind the roles in `open_after`
+    stands no generation prompt. `template` takes the place of all that where it is not None.
+    """
 
     turns: dict[str, tuple[str, str]]
     generation: str
     stop_ids: tuple[int, ...]
     stop_texts: tuple[str, ...]
     bos_id: int | None = None
+    skips_empty: tuple[str, ...] = ()
+    open_after: tuple[str, ...] = ()
+    template: Template | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that messages may have."""
+        return tuple(self.turns) if self.template is None else self.template.roles
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Packages that rendering chats needs on the device."""
+        return () if self.template is None else (REQUIREMENT,)
 
 
 class Smoke(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

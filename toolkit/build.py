@@ -258,7 +258,7 @@ def _describe(job: Job, made: Made, quality: Quality) -> Manifest:
             version=_version(needs.package.removesuffix("-cuda")),
             main_file=needs.main_file,
             properties=dict(needs.properties),
-            companions=needs.companions,
+            companions=job.companions,
         ),
         context_length=plan.context_length,
         valid_context=(first, last if made.last_context is None else min(last, made.last_context)),

@@ -52,6 +52,11 @@ class Job:
         return self.plan.recipe.name
 
     @property
+    def companions(self) -> tuple[str, ...]:
+        """Packages that have to be on the device beside the runtime's."""
+        return (*self.plan.needs.companions, *self.chat.companions)
+
+    @property
     def key(self) -> str:
         """What a killed build must have been making for its work to be gone on with."""
         text = self.text.digest if self.text else "no calibration"
@@ -95,7 +100,7 @@ class Building:
 
     @cached_property
     def chat(self) -> Chat:
-        """The checkpoint's chat template as data."""
+        """The checkpoint's chat template."""
         return read_chat(self.checkpoint, sees=self.decoder.vision is not None)
 
     @cached_property

@@ -17,6 +17,7 @@ from toolkit.families import read_decoder
 from toolkit.job import Options
 from toolkit.plan import Plan, find_problem, make_plan
 from toolkit.preflight import describe_target, list_ways
+from toolkit.quality.chat import read_chat
 from toolkit.recipe import Recipe
 from toolkit.remote import read_facts
 from toolkit.report import Report
@@ -59,7 +60,8 @@ def ship(
                 step.measured = f"{recipe.name}, as asked"
             else:
                 recipes = list_recipes(checkpoint, reference, ())
-                recipe = choose(recipes, decoder, session, facts, options)
+                chat = read_chat(checkpoint, sees=decoder.vision is not None)
+                recipe = choose(recipes, decoder, session, facts, options, chat.companions)
                 step.measured = recipe.name
     if push.smoke:
         recipe = msgspec.structs.replace(recipe, smoke=push.smoke)
@@ -68,16 +70,22 @@ def ship(
 
 
 def choose(
-    recipes: Sequence[Recipe], decoder: Decoder, session: Session, facts: Facts, options: Options
+    recipes: Sequence[Recipe],
+    decoder: Decoder,
+    session: Session,
+    facts: Facts,
+    options: Options,
+    companions: tuple[str, ...] = (),
 ) -> Recipe:
     """The best way's recipe that fits the device, its first choice or else the smallest.
 
-    PlanError says why none fits.
+    `companions` are packages that the artifact will need there whatever its format. PlanError says
+    why none fits.
     """
     plans = {
         way: _plan_way(recipes, way, decoder, options) for way in _order_ways(session.device, facts)
     }
-    there = describe_target(facts, tuple(_find_runnable(session, facts, plans)))
+    there = describe_target(facts, tuple(_find_runnable(session, facts, plans, companions)))
     problems = []
     for plan in (plan for candidates in plans.values() for plan in candidates):
         problem = find_problem(plan, there)
@@ -92,7 +100,10 @@ def choose(
 
 
 def _find_runnable(
-    session: Session, facts: Facts, plans: Mapping[str, Sequence[Plan]]
+    session: Session,
+    facts: Facts,
+    plans: Mapping[str, Sequence[Plan]],
+    companions: tuple[str, ...],
 ) -> Iterator[str]:
     """Ways whose engine can be brought to the device, or is there already."""
     installable = list_ways(facts) if session.device.runtime == "auto" else ()
@@ -101,8 +112,9 @@ def _find_runnable(
             yield way
         elif candidates:
             needs = candidates[0].needs
-            engine = read_facts(session, needs.engine, needs.companions).engine
-            if engine and engine.importable and not engine.list_missing(needs.companions):
+            beside = (*needs.companions, *companions)
+            engine = read_facts(session, needs.engine, beside).engine
+            if engine and engine.importable and not engine.list_missing(beside):
                 yield way
 
 

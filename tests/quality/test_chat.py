@@ -111,7 +111,7 @@ def test_white_space_the_tokenizer_drops_is_left_out(folder, template, strippers
 def test_a_role_without_a_turn_is_refused(folder):
     chat = read_with(folder, MEDIUM)
     assert set(chat.turns) == {"user", "assistant"}
-    with pytest.raises(UnsupportedError, match="got 'system'; this checkpoint's template has"):
+    with pytest.raises(UnsupportedError, match="role 'system' is unknown to this model"):
         render(chat, [("system", "Be brief.")])
 
 
@@ -168,29 +168,80 @@ def test_the_default_of_a_named_list(folder):
     assert render(read_with(folder, named), MESSAGES) == TURNS
 
 
-@pytest.mark.parametrize("template", [None, 5, [], [{"name": "tool_use", "template": "x"}]])
+@pytest.mark.parametrize("template", [None, 5, [], [{"name": "default"}]])
 def test_a_missing_template_is_named(folder, template):
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json: chat_template: got"):
         read_with(folder, template)
 
 
+def test_named_templates_without_a_default_are_refused(folder):
+    with pytest.raises(CheckpointError, match="found the chat templates tool_use; none is named"):
+        read_with(folder, [{"name": "tool_use", "template": "x"}])
+
+
 def test_a_broken_template_is_named(folder):
-    with pytest.raises(CheckpointError, match="not a valid template"):
+    with pytest.raises(CheckpointError, match="chat template is not valid: line 1: Unexpected end"):
         read_with(folder, "{% for message in messages %}")
 
 
 @pytest.mark.parametrize(
-    ("template", "reason"),
+    ("template", "why"),
     [
-        (MINI.replace("message['content']", "message['content'] | trim"), "it renders"),
+        (MINI.replace("message['content']", "message['content'] | trim"), "depend on what"),
         (MINI.replace("{% for", "A chat:\n{% for", 1), "it starts a conversation with"),
-        ("{{ messages[-1]['content'] }}", "leaves out the user's or the assistant's content"),
+        ("{{ messages[-1]['content'] }}", "leaves out contents"),
         (MINI.replace("'<|user|>", "loop.index ~ '<|user|>"), "it starts a conversation with"),
         (MINI.replace("{% endfor", "{{ '' if loop.last else '--' }}{% endfor"), "depends on the"),
-        (MINI.replace("{% for", "{{ strftime_now('%d') }}{% for", 1), "leaves out"),
-        ("{{ ''.__class__.__mro__ }}", "leaves out"),
+        (MINI.replace("{% for", "{{ strftime_now('%d') }}{% for", 1), "it uses strftime_now"),
+        # What conversations of plain texts cannot show.
+        (MINI.replace("+ message['content']", "+ message['content'].split('</t>')[-1]"), "depend"),
+        (MINI.replace("{% if m", "{% if '/x' in message['content'] %}x{% elif m", 1), "depend"),
+        (MINI.replace("message['content']", "message[key]", 1), "depend on what"),
+        (
+            "{% set key = 'content' %}" + MINI.replace("e['content']", "e.get(key)"),
+            "depend on what",
+        ),
+        (MINI + "{{ '.' if (messages | tojson | length) > 9999 }}", "messages as a whole"),
+        (
+            "{% set all %}" + MINI + "{% endset %}{{ all | replace('a', 'a') }}",
+            "it keeps what it has written",
+        ),
+        (
+            MINI.replace("{% if m", "{% generation %}{% endgeneration %}{% if m", 1),
+            "tag of its own",
+        ),
     ],
 )
-def test_templates_that_are_not_data_are_refused(folder, template, reason):
-    with pytest.raises(UnsupportedError, match=reason):
-        read_with(folder, template)
+def test_templates_that_are_not_data_are_carried(folder, template, why):
+    chat = read_with(folder, template)
+    assert chat.turns == {}
+    assert chat.template is not None
+    assert chat.template.text == template
+    assert why in chat.template.why
+    assert chat.companions == ("jinja2>=3.1.6",)
+
+
+def test_a_template_that_looks_into_attributes_is_refused(folder):
+    with pytest.raises(UnsupportedError, match=r"SecurityError: access to attribute '__class__'"):
+        read_with(folder, "{{ ''.__class__.__mro__ }}")
+
+
+def test_a_template_without_the_question_is_refused(folder):
+    with pytest.raises(UnsupportedError, match="leaves out the user's content"):
+        read_with(folder, "Hello")
+
+
+def test_an_empty_system_message_writes_nothing_where_the_template_says_so(folder):
+    empty = [("system", ""), ("user", "Hi")]
+    chat = read_with(folder, MINI_3_5)
+    assert chat.skips_empty == ("system",)
+    assert render(chat, empty) == render(chat, empty[1:])
+    assert render(read_with(folder, MINI), empty).startswith("<|system|>\n<|end|>")
+
+
+def test_no_generation_prompt_stands_behind_an_answer_where_the_template_says_so(folder):
+    answered = [("user", "Hi"), ("assistant", "Hello")]
+    chat = read_with(folder, VISION)
+    assert chat.open_after == ("assistant",)
+    assert render(chat, answered).endswith("Hello<|end|>\n")
+    assert render(read_with(folder, MINI), answered).endswith("<|assistant|>\n")

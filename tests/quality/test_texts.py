@@ -153,7 +153,7 @@ GOOD = [{"role": "user", "content": "Hello"}]
         ("{}", "missing required field `messages`"),
         ('[{"role": "user"}]', "missing required field `content`"),
         ('[{"role": "user", "content": null}]', "got `null`"),
-        ('[{"role": "robot", "content": "x"}]', "chat role: got 'robot'"),
+        ('[{"role": "robot", "content": "x"}]', "chat: role 'robot' is unknown"),
         ('[{"role": "user", "content": "\\ud800"}]', "Input data was truncated"),
     ],
 )

@@ -217,6 +217,7 @@ def _describe(name: str, found: Found, smoke: Smoke) -> Manifest:
             package=found.package,
             version=_version(found.package.removesuffix("-cuda")),
             main_file=found.main_file,
+            companions=found.chat.companions,
         ),
         context_length=found.context_length,
         valid_context=found.valid_context,

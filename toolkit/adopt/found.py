@@ -12,7 +12,7 @@ from toolkit.artifact import Chat
 from toolkit.checkpoint import TOKENIZER_FILES, Checkpoint
 from toolkit.checkpoint.config import Config, read_json
 from toolkit.errors import ArtifactError, CheckpointError
-from toolkit.quality.chat import read_chat
+from toolkit.quality.chat import find_ending, read_chat
 from toolkit.quality.tokens import check_vocabulary, read_tokenizer
 
 CONFIGS = ("config.json", "generation_config.json")
@@ -170,8 +170,8 @@ def add_stops(
     tokens = read_tokenizer(checkpoint).get_added_tokens_decoder()
     ids = tuple(dict.fromkeys([*stop_ids, *chat.stop_ids]))
     texts = tuple(tokens[one].content for one in ids if one in tokens)
-    ending = chat.turns["assistant"][1].strip()
-    if not any(text in ending for text in texts):
+    ending = find_ending(chat).strip()
+    if ending and not any(text in ending for text in texts):
         raise ArtifactError(
             f"{checkpoint.folder}: stop ids: got {list(ids)} ({', '.join(texts) or 'no texts'}); "
             f"the chat template ends a turn with {ending!r}: answers would never stop",

@@ -1,5 +1,6 @@
 """The engine: whether it imports there, or whether wheels of it fit system and Python."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,8 @@ def _explain_missing(facts: Facts, engine: EngineFacts, missing: Sequence[str]) 
         "refused",
         f"{engine.package} {engine.version} can be imported, and {' and '.join(missing)}, which "
         f"this artifact needs beside it, is missing in {facts.python_path}",
-        f"install it on the device: {facts.python_path} -m pip install {' '.join(missing)}, or "
+        f"install it on the device: {facts.python_path} -m pip install "
+        f"{' '.join(map(shlex.quote, missing))}, or "
         f"{ANOTHER_PYTHON}",
     )
 

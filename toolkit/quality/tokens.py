@@ -9,6 +9,8 @@ from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.ranks import RANKS_FILE
 from toolkit.errors import CheckpointError
+from toolkit.runner.chat import render_chat
+from toolkit.runner.failure import Failure
 
 PLAIN_PROBES = (
     "Hello",
@@ -53,6 +55,9 @@ UNICODE_PROBES = (
 PROBES = PLAIN_PROBES + SPACE_PROBES + UNICODE_PROBES
 """Texts without special tokens; `list_probes` adds the checkpoint's own tokens and chats."""
 
+# What strftime_now says in chats while building, in seconds since 1970 (2025-01-01, noon): what is
+# built and compared must not depend on the day.
+BUILD_TIME = 1735732800.0
 SHOWN_IDS = 24
 HALF_CHARACTER = "\ufffd"
 UTF8_BYTES = 4  # of the longest character
@@ -122,7 +127,7 @@ def split_text(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 def list_probes(tokenizer: Tokenizer, chat: Chat) -> list[str]:
     """Every text to compare: PROBES, each added token alone and amid text, and chats of both."""
     specials = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
-    opened = [_converse(chat, text) for text in (*PROBES, *specials)]
+    opened = _list_chats(chat, (*PROBES, *specials))
     amid = [f"before {special} after{special}{special}\n{special}" for special in specials]
     return [*PROBES, *specials, *amid, *opened]
 
@@ -147,11 +152,28 @@ def check_vocabulary(tokenizer: Tokenizer, vocab: int, where: str) -> None:
         )
 
 
-def _converse(chat: Chat, text: str) -> str:
-    """A chat in which every role says `text`, open for an answer."""
-    roles = [role for role in ("system", "user", "assistant", "user") if role in chat.turns]
-    turns = [chat.turns[role][0] + text + chat.turns[role][1] for role in roles]
-    return "".join(turns) + chat.generation
+def _list_chats(chat: Chat, texts: Sequence[str]) -> list[str]:
+    """For each text a chat in which every role says it, open for an answer.
+
+    Roles and texts that the template refuses are left out.
+    """
+    orders = (
+        [role for role in ("system", "user", "assistant", "user") if role in chat.roles],
+        ["user", "assistant", "user"],
+        ["user"],
+    )
+    for roles in orders:
+        if found := [text for one in texts for text in _converse(chat, roles, one)]:
+            return found
+    return []
+
+
+def _converse(chat: Chat, roles: Sequence[str], text: str) -> list[str]:
+    """A chat in which these roles say `text`; none when the template refuses it."""
+    try:
+        return [render_chat(chat, [(role, text) for role in roles], now=BUILD_TIME)]
+    except Failure:
+        return []
 
 
 def _shorten(ids: Sequence[int]) -> str:

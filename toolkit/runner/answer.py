@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .chat import render_chat
 from .failure import Failure
@@ -14,6 +14,9 @@ from .loading import Loaded
 from .pictures import split_pictures
 from .settings import GREEDY, Sampling
 from .stopping import StopTexts
+
+if TYPE_CHECKING:
+    from .chat import Message
 
 ANSWER_TOKENS = 1024  # of a question that names no number
 
@@ -51,8 +54,8 @@ class Answer:
         return count / self.decode_seconds if count > 0 and self.decode_seconds > 0 else 0.0
 
 
-def encode_chat(loaded: Loaded, messages: Sequence[tuple[str, str]]) -> list[int]:
-    """Return the token ids of (role, content) messages and of the generation prompt."""
+def encode_chat(loaded: Loaded, messages: Sequence[Message]) -> list[int]:
+    """Return the token ids of messages and of the generation prompt."""
     return encode_text(loaded, render_chat(loaded.manifest.chat, messages))
 
 

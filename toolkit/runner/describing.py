@@ -9,6 +9,7 @@ from typing import Any
 
 from . import engines
 from .benching import read_machine
+from .chat import check_template
 from .loading import import_engine
 from .manifest import read_manifest
 from .memory import read_available_bytes
@@ -19,6 +20,7 @@ def describe(artifact: Path) -> dict[str, Any]:
     """Return the artifact's name, engine, limits and settings; Failure when it cannot run here."""
     manifest = read_manifest(artifact)
     engine = import_engine(manifest)
+    check_template(manifest.chat)
     adapter = manifest.properties.get("adapter")
     return {
         "name": manifest.name,
@@ -30,7 +32,7 @@ def describe(artifact: Path) -> dict[str, Any]:
         "offered": engine.OFFERED,
         "device_memory_bytes": manifest.device_memory_bytes,
         "available_memory_bytes": read_available_bytes(),
-        "roles": sorted(manifest.chat.turns),
+        "roles": sorted(manifest.chat.roles),
         "machine": read_machine(),
         "engines": engines.list_engines(),
     }

@@ -16,7 +16,7 @@ from .answer import (
     find_room,
     stream_answer,
 )
-from .chat import render_chat
+from .chat import prepare_template, render_chat
 from .images import prepare_files
 from .loading import Loaded, loading
 from .manifest import read_manifest
@@ -42,6 +42,7 @@ def generate(
     The context is as large as this answer may need, unless `given` says otherwise.
     """
     manifest = read_manifest(artifact)
+    prepare_template(manifest.chat)
     highest = manifest.valid_context[1]
     room = min(given.get("context_tokens") or highest, highest)
     pixels = prepare_files(images, manifest.vision, manifest.name, room) if images else None

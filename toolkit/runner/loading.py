@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import engines
+from .chat import check_template, prepare_template
 from .failure import Failure
 from .manifest import Manifest, read_manifest
 from .memory import read_available_bytes
@@ -34,7 +35,9 @@ class Loaded:
 def loading(artifact: Path, settings: Settings) -> Iterator[Loaded]:
     """Load an artifact for the length of the block; Failure when it cannot run here."""
     manifest = read_manifest(artifact)
+    prepare_template(manifest.chat)
     engine = import_engine(manifest)
+    check_template(manifest.chat)
     check_context(manifest, settings)
     check_memory(manifest)
     started_s = time.monotonic()

@@ -11,13 +11,40 @@ from .failure import Failure
 
 
 @dataclass(frozen=True)
+class Template:
+    """A Jinja template that no data can stand for, and what its chats are rendered with.
+
+    `tool_use` is the one for chats with tools, where there is another. White space behind
+    `strippers` is dropped. `roles` are those whose content the template writes.
+    """
+
+    text: str
+    tokens: dict[str, str] = field(default_factory=dict)
+    tool_use: str = ""
+    strippers: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Chat:
-    """Chat template as data: role -> (text before, text after), and the generation prompt."""
+    """Chat template as data: role -> (text before, text after), and the generation prompt.
+
+    An empty message of a role in `skips_empty` writes nothing; behind the roles in `open_after`
+    stands no generation prompt. `template` takes the place of all that where it is not None.
+    """
 
     turns: dict[str, tuple[str, str]]
     generation: str
     stop_ids: tuple[int, ...]
     bos_id: int | None
+    skips_empty: tuple[str, ...] = ()
+    open_after: tuple[str, ...] = ()
+    template: Template | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that messages may have."""
+        return tuple(self.turns) if self.template is None else self.template.roles
 
 
 @dataclass(frozen=True)
@@ -58,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        chat, runtime = data["chat"], data["runtime"]
+        runtime = data["runtime"]
         lowest, highest = data["valid_context"]
         return Manifest(
             name=data["name"],
@@ -69,12 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
             context_length=int(data["context_length"]),
             valid_context=(int(lowest), int(highest)),
             device_memory_bytes=int(data["device_memory_bytes"]),
-            chat=Chat(
-                turns={role: (before, after) for role, (before, after) in chat["turns"].items()},
-                generation=chat["generation"],
-                stop_ids=tuple(chat["stop_ids"]),
-                bos_id=chat.get("bos_id"),
-            ),
+            chat=_read_chat(data["chat"]),
             properties={str(k): str(v) for k, v in runtime.get("properties", {}).items()},
             vision=_read_vision(data.get("vision")),
         )
@@ -82,6 +104,29 @@ def read_manifest(folder: Path) -> Manifest:
         raise Failure("artifact", f"{path}: not found: this folder is no artifact") from None
     except (ValueError, KeyError, TypeError) as error:
         raise Failure("artifact", f"{path}: damaged: {error!r}") from error
+
+
+def _read_chat(data: dict[str, Any]) -> Chat:
+    template = data.get("template")
+    return Chat(
+        turns={role: (before, after) for role, (before, after) in data["turns"].items()},
+        generation=data["generation"],
+        stop_ids=tuple(data["stop_ids"]),
+        bos_id=data.get("bos_id"),
+        skips_empty=tuple(data.get("skips_empty", ())),
+        open_after=tuple(data.get("open_after", ())),
+        template=None if template is None else _read_template(template),
+    )
+
+
+def _read_template(data: dict[str, Any]) -> Template:
+    return Template(
+        text=data["text"],
+        tokens={str(key): str(value) for key, value in data.get("tokens", {}).items()},
+        tool_use=data.get("tool_use", ""),
+        strippers=tuple(data.get("strippers", ())),
+        roles=tuple(data.get("roles", ())),
+    )
 
 
 def _read_vision(data: dict[str, Any] | None) -> Vision | None:

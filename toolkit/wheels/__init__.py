@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
@@ -82,14 +83,21 @@ def name_runtime(package: str, version: str, wheels: tuple[Wheel, ...], facts: F
 
 def find_fitting(installed: Mapping[str, Installed], runtime: Runtime, facts: Facts) -> str | None:
     """Return the id of a runtime on the device with the engine's version and all; None without."""
-    package, companions = canonicalize_name(runtime.package), set(runtime.companions)
+    package, companions = canonicalize_name(runtime.package), runtime.companions
     for name, found in installed.items():
         is_same_python = (found.python, found.python_version) == (facts.python_path, facts.python)
         version = found.packages.get(package, "")
-        is_whole = found.usable and companions.issubset(found.packages)
+        is_whole = found.usable and all(_is_met(one, found.packages) for one in companions)
         if is_whole and is_same_python and is_same_version(version, runtime.version):
             return name
     return None
+
+
+def _is_met(companion: str, packages: Mapping[str, str]) -> bool:
+    """Tell whether a package, given as a name or as name>=version, is among those installed."""
+    wanted = Requirement(companion)
+    version = packages.get(canonicalize_name(wanted.name))
+    return version is not None and wanted.specifier.contains(version, prereleases=True)
 
 
 def fits(engine: EngineFacts | None, runtime: Runtime) -> bool:

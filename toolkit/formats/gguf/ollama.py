@@ -12,8 +12,9 @@ from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.errors import ArtifactError
 from toolkit.formats.gguf.layout import DATA_FILE
-from toolkit.formats.gguf.stripping import strip_text, texts_to_strip
+from toolkit.formats.gguf.stripping import texts_to_strip
 from toolkit.formats.gguf.vocabulary import Token
+from toolkit.runner.chat import strip_text
 
 MODELFILE = "Modelfile"
 TURNS = "{{ range .Messages }}<|{{ .Role }}|>\n{{ .Content }}<|end|>\n{{ end }}<|assistant|>\n"

@@ -13,7 +13,7 @@ from toolkit.errors import ArtifactError
 from toolkit.formats.gguf.header import STRIP_KEY
 from toolkit.formats.gguf.layout import DATA_FILE
 from toolkit.formats.gguf.llama import VERSION, Batch, attempt, load_llama
-from toolkit.formats.gguf.stripping import strip_text
+from toolkit.runner.chat import strip_text
 
 THREADS = min(2, os.cpu_count() or 1)
 BATCH_TOKENS = 128  # logits of so many positions are in memory at once, besides the result

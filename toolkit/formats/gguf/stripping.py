@@ -17,9 +17,8 @@ from toolkit.formats.gguf.vocabulary import Token, TokenType
 NAMES_THAT_STRIP = re.compile("phi-?3", re.IGNORECASE)
 KEPT_BY_LLAMA_CPP = ("<unk>", "<s>", "<|endoftext|>")
 STRIPPED_BY_LLAMA_CPP = ("</s>",)
-# White_Space of Unicode, as the tokenizers library drops it; Python's \s has four more.
-WHITE_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 LINE_BREAK = re.compile(r"\n|\\n")  # itself, or as a Jinja string spells it
+HEAD, TAIL = "{% set rendered %}", "{% endset %}{{ rendered"  # around a wrapped chat template
 SPECIAL = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 
 
@@ -47,12 +46,6 @@ def texts_to_strip(tokens: Sequence[Token]) -> list[str]:
     return sorted(token.text for token in tokens if token.strips)
 
 
-def strip_text(text: str, strippers: Iterable[str]) -> str:
-    """Drop white space behind each of `strippers`; the source's token ids stay the same."""
-    alternatives = "|".join(map(re.escape, strippers))
-    return re.sub(f"({alternatives}){WHITE_SPACE}+", r"\1", text) if alternatives else text
-
-
 def strip_template(template: str, strippers: Iterable[str]) -> str:
     """Wrap a chat template so that what it renders has no white space behind `strippers`.
 
@@ -62,7 +55,13 @@ def strip_template(template: str, strippers: Iterable[str]) -> str:
     if not used or not LINE_BREAK.search(template):
         return template
     filters = "".join(f" | replace({json.dumps(t + chr(10))}, {json.dumps(t)})" for t in used)
-    return f"{{% set rendered %}}{template}{{% endset %}}{{{{ rendered{filters} }}}}"
+    return f"{HEAD}{template}{TAIL}{filters} }}}}"
+
+
+def unwrap_template(template: str) -> str:
+    """The template without what `strip_template` wrote around it, if it did."""
+    inner, tail, _ = template.removeprefix(HEAD).rpartition(TAIL)
+    return inner if tail and template.startswith(HEAD) else template
 
 
 def _appears(text: str, template: str) -> bool:

@@ -150,12 +150,16 @@ def find_python(artifact: Path) -> list[str]:
 
 # Lines of JSON, all but the last before anything can crash; engines may print in between.
 IMPORT_PROGRAM = """
-import importlib, importlib.metadata, importlib.util, json, sys
+import importlib, importlib.metadata, importlib.util, json, re, sys
 name, *beside = sys.argv[1:]
 print(json.dumps({"is_installed": importlib.util.find_spec(name) is not None}))
-for package in beside:
-    if list(importlib.metadata.distributions(name=package)):
-        print(json.dumps({"companion": package}))
+for wanted in beside:
+    package, _, oldest = wanted.partition(">=")
+    for found in importlib.metadata.distributions(name=package):
+        numbers = [[int(n) for n in re.findall("[0-9]+", v)[:3]] for v in (found.version, oldest)]
+        if numbers[0] >= numbers[1]:
+            print(json.dumps({"companion": wanted}))
+        break
 sys.stdout.flush()
 version = getattr(importlib.import_module(name), "__version__", "")
 try:
@@ -172,7 +176,7 @@ def import_engine(
     """Import an engine's module; some wheels die there with an illegal instruction.
 
     `is_installed` tells one that is there and fails from one that is missing; `companions` are
-    those of the packages asked for that this Python has.
+    those of the packages asked for, by name or as name>=version, that this Python has.
     """
     command = [python, "-B", "-c", IMPORT_PROGRAM, module, *companions]
     done = run_child(command, b"", IMPORT_TIMEOUT_S)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..chat import render_chat
 from ..manifest import Chat
 from ..settings import GREEDY, Sampling
 from .pictures import Eyes, FolderFile
@@ -70,7 +69,7 @@ NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that can be answered; `text` is the whole prompt, without the first token.
+    """A request that can be answered; of a chat the messages, or else `text`, the whole prompt.
 
     `model` and `max_tokens` are None when the request names none. `pictures` are what the marks in
     the text stand for.
@@ -85,6 +84,7 @@ class Asked:
     streams: bool
     includes_usage: bool
     pictures: tuple[bytes | FolderFile, ...] = ()
+    messages: tuple[tuple[str, str], ...] = ()
 
     @property
     def prompt_field(self) -> str:
@@ -99,8 +99,8 @@ def read_chat(data: dict[str, Any], chat: Chat, eyes: Eyes | None = None) -> Ask
     """
     taken = TAKEN | {"messages", "max_completion_tokens"}
     body = _take_known(data, taken, NEUTRAL_CHAT)
-    messages = _read_messages(body.get("messages"), set(chat.turns), eyes)
-    asked = _read_common(body, render_chat(chat, messages), is_chat=True)
+    messages = tuple(_read_messages(body.get("messages"), chat, eyes))
+    asked = replace(_read_common(body, "", is_chat=True), messages=messages)
     return replace(asked, pictures=tuple(eyes.found)) if eyes else asked
 
 
@@ -151,22 +151,23 @@ def _is_same(value: Any, other: Any) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
-def _read_messages(messages: Any, roles: set[str], eyes: Eyes | None) -> list[tuple[str, str]]:
+def _read_messages(messages: Any, chat: Chat, eyes: Eyes | None) -> list[tuple[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise refuse("messages has to be a list of at least one message", "messages")
     return [
-        _read_message(one, f"messages[{place}]", roles, eyes) for place, one in enumerate(messages)
+        _read_message(one, f"messages[{place}]", chat, eyes) for place, one in enumerate(messages)
     ]
 
 
-def _read_message(message: Any, where: str, roles: set[str], eyes: Eyes | None) -> tuple[str, str]:
+def _read_message(message: Any, where: str, chat: Chat, eyes: Eyes | None) -> tuple[str, str]:
     if not isinstance(message, dict):
         raise refuse(f"{where} has to be an object", where)
     body = _take_known(message, {"role", "content", "name"}, NEUTRAL_MESSAGE, f"{where}.")
-    role = body.get("role")
+    role, roles = body.get("role"), chat.roles
     if role == "developer" and role not in roles:
         role = "system"  # what developers' messages were called, and are in Phi's template
-    if not isinstance(role, str) or role not in roles:
+    # A template that is carried says itself why it refuses a role.
+    if not isinstance(role, str) or (role not in roles and chat.template is None):
         found = show(role) if isinstance(role, str) else "no text"
         message = f"{where}.role is {found}; this model knows {', '.join(sorted(roles))}"
         raise refuse(message, f"{where}.role")

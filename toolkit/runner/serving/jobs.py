@@ -20,6 +20,7 @@ from ..answer import (
     encode_text,
     stream_answer,
 )
+from ..chat import render_chat
 from ..failure import Failure
 from ..images import Pixels, prepare, read_image
 from ..loading import Loaded
@@ -206,16 +207,18 @@ class Line:
 
     def _read(self, asked: Asked) -> tuple[list[int], Pixels | None]:
         """Return the prompt's ids, and its pictures; Failure `request` for what cannot be read."""
-        vision = self._loaded.manifest.vision
-        if not asked.pictures or vision is None:
-            return encode_text(self._loaded, asked.text), None
+        manifest, text = self._loaded.manifest, asked.text
+        if asked.is_chat:
+            text = render_chat(manifest.chat, asked.messages)
+        if not asked.pictures or manifest.vision is None:
+            return encode_text(self._loaded, text), None
         # One at a time: decoded, a picture takes much more than its crops.
         pictures = (
             read_image(one if isinstance(one, bytes) else one.read(), f"picture {number}")
             for number, one in enumerate(asked.pictures, 1)
         )
-        pixels = prepare(pictures, vision, count_context(self._loaded))
-        return encode_pictures(self._loaded, asked.text, pixels.counts), pixels
+        pixels = prepare(pictures, manifest.vision, count_context(self._loaded))
+        return encode_pictures(self._loaded, text, pixels.counts), pixels
 
     def _count(self, answer: Answer, counted: int) -> int:
         new = len(answer.token_ids)
