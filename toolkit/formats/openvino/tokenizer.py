@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import BuildError, CheckpointError, require
+from toolkit.errors import BuildError, UnsupportedError, require
 
+TOKENIZER, DETOKENIZER = "openvino_tokenizer", "openvino_detokenizer"
 COUNTED = re.compile(r"Result_\d+")
 # The conversion takes 100 MB beside what a build has: a large vocabulary gets a process for it.
 ALONE_FROM_BYTES = 1 << 20
@@ -25,7 +26,8 @@ CONFIG = {"model_type": "phi3"}
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Write openvino_tokenizer and openvino_detokenizer, .xml and .bin each.
 
-    CheckpointError when the tokenizer cannot be read or has something that they cannot express.
+    UnsupportedError when transformers cannot read the tokenizer, or openvino_tokenizers has nothing
+    for a part of it.
     """
     with tempfile.TemporaryDirectory() as name:
         scratch, where = Path(name), str(checkpoint.folder)
@@ -58,12 +60,12 @@ def _convert(source: Path, folder: Path, where: str) -> None:
     try:
         networks = converter.convert_tokenizer(tokenizer, with_detokenizer=True)
     except Exception as error:  # whatever a tokenizer's part raises
-        raise CheckpointError(
+        raise UnsupportedError(
             f"{where}: openvino_tokenizers cannot convert the tokenizer: {error}"
         ) from error
-    for network, name in zip(networks, ("tokenizer", "detokenizer"), strict=True):
+    for network, name in zip(networks, (TOKENIZER, DETOKENIZER), strict=True):
         _rename(network)
-        openvino.save_model(network, folder / f"openvino_{name}.xml")
+        openvino.save_model(network, folder / f"{name}.xml")
 
 
 def _rename(network: Any) -> None:
@@ -84,6 +86,6 @@ def _read(folder: Path, where: str) -> Any:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises nothing narrower
-        raise CheckpointError(
+        raise UnsupportedError(
             f"{where}: transformers cannot read the tokenizer: {error}"
         ) from error

@@ -1,0 +1,93 @@
+"""A splitting whose pattern is not known here: the way of llama.cpp's that gives the source's ids.
+
+Every way is tried on texts that tell ways apart. One that gives all their ids is taken for the
+source's; else the nearest is written, because llama.cpp needs a name.
+"""
+
+import hashlib
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.probes import PROBES
+from toolkit.checkpoint.tokenizer import encode, read_tokenizer
+from toolkit.formats.gguf.encoding import GgufTokenizer
+from toolkit.formats.gguf.splitting import WAYS
+from toolkit.formats.gguf.tokenizer import write_vocabulary
+from toolkit.formats.gguf.vocabulary import Vocabulary
+
+FRAGMENTS = (
+    "word", "Word", "WORD", "camelCase", "it's", "IT'S", "don't", "we'LL", "'s", "'", "1", "23",
+    "456", "7890", "12345678", "½", "٣", "é", "e\u0301", "ß", "नमस्ते", "สวัสดี", "漢字", "ひらがな",
+    "한국어", "привет", "x_y", "(", ")", "...", "!?", "$", "+=", "//", "\U0001f600", "\u2019", " ",
+    "  ", "    ", "\n", "\n\n", " \n", "\r\n", "\t", "\u3000",
+)  # fmt: skip
+MIXTURES, LONGEST = 400, 6
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The way that was chosen, and how many of the texts it encodes as the source does not."""
+
+    name: str
+    differing: int
+    texts: int
+
+
+_known: dict[str, Proof] = {}  # by the digest of tokenizer.json: it takes seconds
+
+
+def complete(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Vocabulary:
+    """The vocabulary with the name of a splitting, the nearest one where none is the source's."""
+    if vocabulary.splitting:
+        return vocabulary
+    return replace(vocabulary, splitting=prove(vocabulary, checkpoint).name)
+
+
+def prove(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:
+    """Try every way of llama.cpp's: the first without a difference, or else the nearest."""
+    digest = hashlib.sha256((checkpoint.folder / "tokenizer.json").read_bytes()).hexdigest()
+    if digest not in _known:
+        _known[digest] = _search(vocabulary, checkpoint)
+    return _known[digest]
+
+
+def _search(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:
+    tokenizer, texts = read_tokenizer(checkpoint), [*PROBES, *_mix()]
+    expected = [encode(tokenizer, text) for text in texts]
+    best = Proof(WAYS[0].name, len(texts), len(texts))
+    with tempfile.TemporaryDirectory(prefix="phiship-tokenizer-") as scratch:
+        path = Path(scratch) / "model.gguf"
+        write_vocabulary(path, checkpoint, replace(vocabulary, splitting=best.name))
+        for way in WAYS:
+            differing = _count_differing(path, way.name, texts, expected, best.differing)
+            if differing < best.differing:
+                best = Proof(way.name, differing, len(texts))
+            if not differing:
+                break
+    return best
+
+
+def _count_differing(
+    path: Path, name: str, texts: list[str], expected: list[list[int]], most: int
+) -> int:
+    """Count texts with other ids, up to `most`: a way that is no better is of no interest."""
+    found, encoder = 0, GgufTokenizer(path, pre=name)
+    try:
+        for text, ids in zip(texts, expected, strict=True):
+            found += encoder.encode(text) != ids
+            if found >= most:
+                break
+    finally:
+        encoder.close()
+    return found
+
+
+def _mix() -> Iterator[str]:
+    """Seeded mixtures of what the patterns of published tokenizers treat differently."""
+    rng = random.Random(7)
+    for _ in range(MIXTURES):
+        yield "".join(rng.choices(FRAGMENTS, k=rng.randint(2, LONGEST)))
