@@ -27,6 +27,7 @@ from toolkit.export import (
 )
 from toolkit.job import Building, Job, Options, Result
 from toolkit.plan import Plan, make_plan, measure_tokenizer
+from toolkit.quality.tokenizing import compare_folder
 from toolkit.recipe import Recipe
 from toolkit.report import Report
 from toolkit.runner.tokenizing import FILE as TOKENIZER_FILE
@@ -113,14 +114,26 @@ def _prepare(recipe: Recipe, building: Building) -> Job | None:
 
 
 def _compare_tokens(job: Job, building: Building) -> Job:
-    """The job with what its engine's tokenizer is worth, before anything else is done for it.
+    """The job with how its engine's tokenizer compares, before anything else is done for it.
 
-    A vendor's converter brings its own tokenizer, which the gate looks at.
+    A vendor's converter brings its own, which is compared when it is there.
     """
     if job.plan.recipe.engine == "vendor":
         return job
     with building.report.step(building.step_name("tokenizer", job.name)) as step:
         found = building.compare_tokens(job.plan.recipe)
+        step.measured = str(found)
+    return replace(job, tokens=found)
+
+
+def _compare_made(job: Job, folder: Path, building: Building) -> Job:
+    """The same of a vendor's artifact; unchecked it is what the vendor makes."""
+    if not building.options.check:
+        return job
+    with building.report.step(building.step_name("tokenizer", job.name)) as step:
+        found = compare_folder(
+            job.plan.recipe.format, folder, job.plan.decoder, building.checkpoint, job.chat
+        )
         step.measured = str(found)
     return replace(job, tokens=found)
 
@@ -220,14 +233,15 @@ def _finish(job: Job, staging: Staging, building: Building) -> Path:
     made = Made()
     if plan.recipe.engine == "vendor":
         made = _export(job, staging.folder, building)
+        job = _compare_made(job, staging.folder, building)
     else:
         with report.step(building.step_name("files", job.name)):
             formats.get(plan.recipe.format).write_rest(
                 staging.folder, plan.recipe, plan.decoder, building.checkpoint, plan.context_length
             )
-            if job.tokenizer == SOURCE_TOKENIZER:
-                content = building.checkpoint.tokenizer_contents()[TOKENIZER_FILE]
-                (staging.folder / TOKENIZER_FILE).write_bytes(content)
+    if job.tokenizer == SOURCE_TOKENIZER:
+        content = building.checkpoint.tokenizer_contents()[TOKENIZER_FILE]
+        (staging.folder / TOKENIZER_FILE).write_bytes(content)
     gate = "gate" if options.check else "gate (token ids only)"
     with report.step(building.step_name(gate, job.name)) as step:
         quality = run_checks(

@@ -29,7 +29,7 @@ from toolkit.quality.gate import FailedGateError, run_gate
 from toolkit.quality.measures import Comparison
 from toolkit.quality.showing import show_measures, show_ranges
 from toolkit.quality.texts import LEAST_TOKENS, Text, digest_ids, read_text
-from toolkit.quality.tokenizing import Encode, choose_encode
+from toolkit.quality.tokenizing import Encode, choose_encode, tell_tokenizer
 from toolkit.quality.tokens import read_tokenizer, split_text
 from toolkit.recipe import Recipe
 from toolkit.report import Report, Step
@@ -150,6 +150,8 @@ def check_artifact(
 ) -> Quality:  # fmt: skip
     """Verify a sealed artifact's files and measure it on a text; GateError when it fails."""
     opened = open_artifact(folder, reference, console, report, asked)
+    with report.step("tokenizer") as step:
+        step.measured = tell_tokenizer(opened.manifest.runtime.tokenizer)
     session = _open_session(folder, opened.plan)
     try:
         return _measure(_Reading(opened, session), report, asked.details)

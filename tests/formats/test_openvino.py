@@ -265,6 +265,7 @@ def test_a_process_of_its_own_writes_the_same_tokenizer(
 ) -> None:
     """As Phi-3's own tokenizer is converted, which is larger than the example's."""
     monkeypatch.setattr(tokenizer, "ALONE_FROM_BYTES", 0)
+    tokenizer._made.clear()
     tokenizer.write_tokenizer(artifacts.checkpoint("gqa"), tmp_path)
     expected = _read_all(artifacts.find("gqa", "int4"))
     found = _read_all(tmp_path)
@@ -282,5 +283,6 @@ def test_a_killed_conversion_is_explained(
 ) -> None:
     monkeypatch.setattr(tokenizer, "ALONE_FROM_BYTES", 0)
     monkeypatch.setattr(tokenizer, "_convert", die)
+    tokenizer._made.clear()
     with pytest.raises(BuildError, match="converts the tokenizer was killed"):
         tokenizer.write_tokenizer(artifacts.checkpoint("gqa"), tmp_path)

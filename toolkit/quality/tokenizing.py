@@ -54,11 +54,11 @@ class Compared:
 
     def __str__(self) -> str:
         """One line for a report: which tokenizer answers, and why."""
+        told = tell_tokenizer(self.tokenizer)
         if self.difference:
-            return f"the source's own ({SOURCE_TOKENIZER}): {self.difference}"
-        rare = f", and {len(self.rare)} of {len(RARE_PROBES)} rare texts" if self.rare else ""
-        differing = f"0 of {self.probes} probe texts{rare} differ"
-        return f"{self.runtime}: {differing}"
+            return f"{told}: {self.difference}"
+        rare = f"; {len(self.rare)} of {len(RARE_PROBES)} rare texts do" if self.rare else ""
+        return f"{told}: 0 of {self.probes} probe texts differ{rare}"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -69,6 +69,13 @@ class Compared:
         return (f"{text}; other programs that run it have the engine's ids",)
 
 
+def tell_tokenizer(tokenizer: str) -> str:
+    """Which tokenizer answers, for people; `tokenizer` as manifests say it."""
+    return (
+        "the engine's own" if tokenizer == ENGINE_TOKENIZER else f"the source's own ({tokenizer})"
+    )
+
+
 def compare_runtime(
     recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, chat: Chat
 ) -> Compared:
@@ -77,19 +84,29 @@ def compare_runtime(
     CheckpointError when tokenizer.json cannot be read, or has ids beyond the vocabulary.
     """
     _read_source(checkpoint, decoder)
-    module, name = formats.get(recipe.format), recipe.format
     with tempfile.TemporaryDirectory(prefix="phiship-tokenizer-") as scratch:
+        folder = Path(scratch)
         try:
-            module.write_tokenizer(Path(scratch), recipe, decoder, checkpoint)
-            encoder = module.open_tokenizer(Path(scratch))
+            formats.get(recipe.format).write_tokenizer(folder, recipe, decoder, checkpoint)
         except UnsupportedError as error:
-            return Compared(name, 0, reason=str(error))
-        try:
-            return compare(encoder.runtime, encoder.encode, checkpoint, decoder, chat)
-        except RuntimeError as error:  # what native runtimes raise
-            return Compared(encoder.runtime, 0, reason=f"{encoder.runtime}: {error}")
-        finally:
-            encoder.close()
+            return Compared(recipe.format, 0, reason=str(error))
+        return compare_folder(recipe.format, folder, decoder, checkpoint, chat)
+
+
+def compare_folder(
+    format_name: str, folder: Path, decoder: Decoder, checkpoint: Checkpoint, chat: Chat
+) -> Compared:
+    """Compare the tokenizer of an artifact, or of a folder with a tokenizer alone."""
+    try:
+        encoder = formats.get(format_name).open_tokenizer(folder)
+    except UnsupportedError as error:
+        return Compared(format_name, 0, reason=str(error))
+    try:
+        return compare(encoder.runtime, encoder.encode, checkpoint, decoder, chat)
+    except RuntimeError as error:  # what native runtimes raise
+        return Compared(encoder.runtime, 0, reason=f"{encoder.runtime}: {error}")
+    finally:
+        encoder.close()
 
 
 def compare(

@@ -21,7 +21,10 @@ from .tokenizing import PACKAGE, Retokenized, SourceTokenizer
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that answers; `engine` is its package with its version."""
+    """A model that answers.
+
+    `engine` is its package with its version, and the tokenizer's where that is not its own.
+    """
 
     artifact: Path
     manifest: Manifest
@@ -50,10 +53,11 @@ def loading(artifact: Path, settings: Settings) -> Iterator[Loaded]:
     except (AttributeError, ImportError, TypeError) as error:  # an interface of another version
         reason = Failure("model", f"{artifact}: {engine.PACKAGE} cannot load it: {error}")
         raise explain_age(reason, engine.PACKAGE, manifest.version) from error
-    if tokenizer:
-        model = Retokenized(model, tokenizer)
     load_seconds = time.monotonic() - started_s
     version = f"{engine.PACKAGE} {model.version}"
+    if tokenizer:
+        model = Retokenized(model, tokenizer)
+        version += f" with {PACKAGE} {tokenizer.version}"
     try:
         yield Loaded(artifact, manifest, settings, model, version, load_seconds)
     finally:

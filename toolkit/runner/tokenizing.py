@@ -26,8 +26,9 @@ class SourceTokenizer:
         """Failure when the package or the file is missing, or the file is damaged."""
         path = folder / FILE
         try:
-            from tokenizers import Tokenizer
+            from tokenizers import Tokenizer, __version__
 
+            self.version = str(__version__)
             self._tokenizer = Tokenizer.from_file(str(path))
         except ImportError as error:
             raise Failure(

@@ -159,7 +159,7 @@ def write_tokenizer(folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: 
     vocabulary = read_vocabulary(checkpoint.folder, decoder.vocab)
     if vocabulary.foreign:
         raise UnsupportedError(f"llama.cpp has no tokenizer for {vocabulary.foreign}")
-    if not vocabulary.splitting:
+    if vocabulary.is_byte_level and not vocabulary.splitting:
         proof = prove(vocabulary, checkpoint)
         if proof.differing:
             raise UnsupportedError(

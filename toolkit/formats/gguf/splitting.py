@@ -2,7 +2,7 @@
 
 GGUF carries no pattern, only the name of a way that llama.cpp knows (src/llama-vocab.cpp). Each way
 is known here by the steps of the tokenizer.json that it stands for. Of names that mean the same one
-is kept. Whether the ids are the same too, the probe texts show.
+is kept. Whether the ids are the same too is for proving.py to say.
 """
 
 from collections.abc import Iterator, Mapping
@@ -74,9 +74,9 @@ WAYS = (
     Way("qwen2", (QWEN2,)),
     Way("qwen35", (_join(_ENDINGS, r"[\p{L}\p{M}]+", _DIGIT, _SIGNS_QWEN35, _LINES, _SPACES),)),
     Way("tekken", ("|".join((*_CASED, _DIGIT, _SIGNS_O200K, _LINES, _SPACES)),), takes_whole=True),
-    # llama.cpp's converter writes "gpt-4o" for o200k, whose pattern there leaves out \p{M}: of
-    # Hindi, Thai or vocalized Arabic it makes other tokens than the source. This name stands for
-    # the same pattern with \p{M}, since May 2026 (pull request 22716).
+    # llama.cpp's converter writes "gpt-4o" for o200k, whose pattern there leaves out \p{M}, as does
+    # "tekken": of Hindi, Thai or vocalized Arabic it makes other tokens than the source. This name
+    # stands for the same pattern with \p{M}, since May 2026 (pull request 22716).
     Way("granite-embed-multi-97m", (O200K,), takes_whole=True),
     Way("gpt-4o"),
     Way("deepseek-v3", (r"\p{N}{1,3}", _CJK, rf"{_MARKED}[\r\n]*|{_LINES}|{_SPACES}")),

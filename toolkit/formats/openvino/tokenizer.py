@@ -1,5 +1,6 @@
 """The tokenizer as networks that openvino-genai runs, made by openvino_tokenizers."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -21,6 +22,9 @@ ALONE_FROM_BYTES = 1 << 20
 # All that transformers reads of config.json: with it a tokenizer.json is taken as it is. What a
 # checkpoint's own says may be a type, or rotary settings, that transformers stumbles over.
 CONFIG = {"model_type": "phi3"}
+# What the last tokenizer became, by the digest of its files: an artifact's is asked for twice, once
+# to look at its ids and once to be written.
+_made: dict[str, dict[str, bytes]] = {}
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
@@ -29,15 +33,28 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     UnsupportedError when transformers cannot read the tokenizer, or openvino_tokenizers has nothing
     for a part of it.
     """
+    contents = checkpoint.tokenizer_contents()
+    lines = [f"{name} {hashlib.sha256(data).hexdigest()}" for name, data in contents.items()]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if digest not in _made:
+        made = _make(checkpoint, sum(map(len, contents.values())))
+        _made.clear()
+        _made[digest] = made
+    for name, data in _made[digest].items():
+        (folder / name).write_bytes(data)
+
+
+def _make(checkpoint: Checkpoint, size_bytes: int) -> dict[str, bytes]:
+    """The networks' files, made in this process or, of a large tokenizer, in another."""
     with tempfile.TemporaryDirectory() as name:
-        scratch, where = Path(name), str(checkpoint.folder)
+        scratch, made = Path(name) / "source", Path(name) / "made"
+        scratch.mkdir()
+        made.mkdir()
         checkpoint.write_tokenizer(scratch)
-        size_bytes = sum(path.stat().st_size for path in scratch.iterdir())
         (scratch / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-        if size_bytes < ALONE_FROM_BYTES:
-            _convert(scratch, folder, where)
-        else:
-            _convert_alone(scratch, folder, where)
+        convert = _convert if size_bytes < ALONE_FROM_BYTES else _convert_alone
+        convert(scratch, made, str(checkpoint.folder))
+        return {path.name: path.read_bytes() for path in sorted(made.iterdir())}
 
 
 def _convert_alone(source: Path, folder: Path, where: str) -> None:
