@@ -2,8 +2,8 @@
 
 The way that a pattern is known by is tried first, then every other one, on texts that tell ways
 apart. The first that gives all ids of the source is taken. Of Mistral's tekken, for one, the way
-of that name leaves marks apart, and another one does not. Where none does, the nearest is written, for
-llama.cpp needs a name.
+of that name leaves marks apart, and another one does not. Where none does, the nearest is written,
+for llama.cpp needs a name.
 """
 
 import hashlib
