@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, pre_tokenizers, trainers
 
 from tests.checkpoints import Dtype, random_weights, variant_config, write_safetensors
 from toolkit.quality.gate import read_zen
@@ -38,6 +38,10 @@ ADDED = (
     ("<|tool_response|>", False),
     ("<|tag|>", True),
 )
+BYTES = {
+    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
+}  # fmt: skip
+PARTS = ("truncation", "padding", "normalizer", "post_processor")
 KEPT_BEHIND = ("<|endoftext|>", "<|endofprompt|>")
 # o200k_base's pattern, as openai's tiktoken has it.
 PATTERN = (
@@ -78,14 +82,20 @@ def write_phi4_checkpoint(folder: Path, dtype: Dtype = "bf16", seed: int = 0) ->
 @cache
 def make_tokenizer() -> dict[str, Any]:
     """tokenizer.json: the trained merges with Phi-4-mini's added tokens at ids with gaps."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    pattern = {"pattern": {"Regex": PATTERN}, "behavior": "Removed", "invert": True}
+    return train_tokenizer([{"type": "Split", **pattern}, BYTES])
+
+
+def train_tokenizer(steps: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """tokenizer.json that splits text in these steps, with Phi-4-mini's added tokens; `more` of it.
+
+    The steps are as tokenizer.json spells them.
+    """
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
+    parts = {**dict.fromkeys(PARTS), "pre_tokenizer": pre_tokenizer, "decoder": BYTES, **more}
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    empty = {"version": "1.0", "added_tokens": [], "model": model, **parts}
+    tokenizer = Tokenizer.from_str(json.dumps(empty))
     trainer = trainers.BpeTrainer(
         vocab_size=BASE_TOKENS,
         show_progress=False,
@@ -94,6 +104,8 @@ def make_tokenizer() -> dict[str, Any]:
     tokenizer.train_from_iterator(_texts(), trainer)
     content: dict[str, Any] = json.loads(tokenizer.to_str())
     vocabulary = content["model"]["vocab"]
+    # Steps that leave few pairs have fewer merges.
+    vocabulary |= {f"<|unused{place}|>": place for place in range(len(vocabulary), BASE_TOKENS)}
     texts = [*(f"<|endoftext{number}|>" for number in PLACEHOLDERS), "<|endofprompt|>"]
     vocabulary |= {text: BASE_TOKENS + place for place, text in enumerate(texts)}
     return content | {"added_tokens": list_added()}

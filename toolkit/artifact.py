@@ -16,6 +16,8 @@ SCHEMA = 1
 # What renders a template that is carried: older ones let templates out of the sandbox.
 REQUIREMENT = "jinja2>=3.1.6"
 HASH_CHUNK_BYTES = 1 << 20
+# Which tokenizer answers: the engine's own, or the source's by the package of this name.
+ENGINE_TOKENIZER, SOURCE_TOKENIZER = "engine", "tokenizers"
 
 
 class File(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +149,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `properties` are what the engine has to be loaded with for the artifact to be its source,
     `companions` packages that it does not ask for itself, and that the artifact needs beside it.
+    `tokenizer` is SOURCE_TOKENIZER where the engine's own would give other ids than the source's.
     """
 
     engine: str
@@ -156,6 +159,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     main_file: str
     properties: dict[str, str] = {}
     companions: tuple[str, ...] = ()
+    tokenizer: str = ENGINE_TOKENIZER
 
     def tell_properties(self) -> str:
         """The properties, for people; empty where there are none."""

@@ -5,12 +5,12 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
 from toolkit import __version__, artifact, formats
-from toolkit.artifact import Calibration, Manifest, Quality, Runtime, Source
+from toolkit.artifact import SOURCE_TOKENIZER, Calibration, Manifest, Quality, Runtime, Source
 from toolkit.check import run_checks
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.lora import find_adapter
@@ -27,8 +27,10 @@ from toolkit.export import (
 )
 from toolkit.job import Building, Job, Options, Result
 from toolkit.plan import Plan, make_plan, measure_tokenizer
+from toolkit.quality.tokenizing import compare_folder
 from toolkit.recipe import Recipe
 from toolkit.report import Report
+from toolkit.runner.tokenizing import FILE as TOKENIZER_FILE
 from toolkit.staging import Staging, check_free_disk, stage
 
 OTHER_MADE = "another plan, source or calibration text made it"
@@ -104,11 +106,36 @@ def _prepare(recipe: Recipe, building: Building) -> Job | None:
             if job.plan.adapter:
                 step.measured += f", of them {format_bytes(job.plan.adapter_bytes)} for the adapter"
         if not (job.final.exists() and _is_same(job, building.options)):
-            return job
+            return _compare_tokens(job, building)
         with building.report.step(building.step_name("keep", recipe.name)) as step:
             step.measured = f"{job.final} is already this artifact"
             building.results[recipe.name] = job.final
     return None
+
+
+def _compare_tokens(job: Job, building: Building) -> Job:
+    """The job with how its engine's tokenizer compares, before anything else is done for it.
+
+    A vendor's converter brings its own, which is compared when it is there.
+    """
+    if job.plan.recipe.engine == "vendor":
+        return job
+    with building.report.step(building.step_name("tokenizer", job.name)) as step:
+        found = building.compare_tokens(job.plan.recipe)
+        step.measured = str(found)
+    return replace(job, tokens=found)
+
+
+def _compare_made(job: Job, folder: Path, building: Building) -> Job:
+    """The same of a vendor's artifact; unchecked it is what the vendor makes."""
+    if not building.options.check:
+        return job
+    with building.report.step(building.step_name("tokenizer", job.name)) as step:
+        found = compare_folder(
+            job.plan.recipe.format, folder, job.plan.decoder, building.checkpoint, job.chat
+        )
+        step.measured = str(found)
+    return replace(job, tokens=found)
 
 
 def _plan(recipe: Recipe, building: Building) -> Job:
@@ -206,16 +233,20 @@ def _finish(job: Job, staging: Staging, building: Building) -> Path:
     made = Made()
     if plan.recipe.engine == "vendor":
         made = _export(job, staging.folder, building)
+        job = _compare_made(job, staging.folder, building)
     else:
         with report.step(building.step_name("files", job.name)):
             formats.get(plan.recipe.format).write_rest(
                 staging.folder, plan.recipe, plan.decoder, building.checkpoint, plan.context_length
             )
+    if job.tokenizer == SOURCE_TOKENIZER:
+        content = building.checkpoint.tokenizer_contents()[TOKENIZER_FILE]
+        (staging.folder / TOKENIZER_FILE).write_bytes(content)
     gate = "gate" if options.check else "gate (token ids only)"
     with report.step(building.step_name(gate, job.name)) as step:
         quality = run_checks(
             staging.folder, plan, building.checkpoint, job.chat, options.check, building.console,
-            step,
+            step, job.tokenizer,
         )  # fmt: skip
     with report.step(building.step_name("seal", job.name)) as step:
         sealed = staging.publish(_describe(job, made, quality), building.console)
@@ -259,6 +290,7 @@ def _describe(job: Job, made: Made, quality: Quality) -> Manifest:
             main_file=needs.main_file,
             properties=dict(needs.properties),
             companions=job.companions,
+            tokenizer=job.tokenizer,
         ),
         context_length=plan.context_length,
         valid_context=(first, last if made.last_context is None else min(last, made.last_context)),
@@ -268,7 +300,7 @@ def _describe(job: Job, made: Made, quality: Quality) -> Manifest:
         smoke=recipe.smoke,
         quality=quality,
         files=(),
-        notes=needs.notes + made.notes,
+        notes=job.notes + made.notes,
         calibration=job.calibration,
         vision=job.vision,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from toolkit import __version__, artifact, catalog, formats
-from toolkit.artifact import Chat, Manifest, Quality, Source
+from toolkit.artifact import ENGINE_TOKENIZER, Chat, Manifest, Quality, Source
 from toolkit.checkpoint import LOCAL_REVISION, Checkpoint
 from toolkit.checkpoint.lora import find_adapter
 from toolkit.console import Console, format_bytes
@@ -29,6 +29,7 @@ from toolkit.quality.gate import FailedGateError, run_gate
 from toolkit.quality.measures import Comparison
 from toolkit.quality.showing import show_measures, show_ranges
 from toolkit.quality.texts import LEAST_TOKENS, Text, digest_ids, read_text
+from toolkit.quality.tokenizing import Encode, choose_encode, tell_tokenizer
 from toolkit.quality.tokens import read_tokenizer, split_text
 from toolkit.recipe import Recipe
 from toolkit.report import Report, Step
@@ -149,6 +150,8 @@ def check_artifact(
 ) -> Quality:  # fmt: skip
     """Verify a sealed artifact's files and measure it on a text; GateError when it fails."""
     opened = open_artifact(folder, reference, console, report, asked)
+    with report.step("tokenizer") as step:
+        step.measured = tell_tokenizer(opened.manifest.runtime.tokenizer)
     session = _open_session(folder, opened.plan)
     try:
         return _measure(_Reading(opened, session), report, asked.details)
@@ -214,11 +217,13 @@ def _measure(reading: _Reading, report: Report, path: Path | None) -> Quality:
     A missed limit comes before whatever else fails.
     """
     opened, errors = reading.opened, list[PhishipError]()
+    tokenizer = opened.manifest.runtime.tokenizer
+    encode = choose_encode(tokenizer, opened.folder, reading.session.encode)
     try:
         with report.step("gate") as step:
             quality = _run_gate(
                 reading.session, opened.plan, opened.checkpoint, opened.manifest.chat, True,
-                opened.console, step, reading.compare,
+                opened.console, step, encode, reading.compare,
             )  # fmt: skip
     except FailedGateError as error:
         quality, error.advice = error.quality, UNTOUCHED
@@ -324,12 +329,16 @@ def _recipe_of(manifest: Manifest, folder: Path) -> Recipe:
 
 def run_checks(
     folder: Path, plan: Plan, checkpoint: Checkpoint, chat: Chat, check_logits: bool,
-    console: Console, step: Step,
+    console: Console, step: Step, tokenizer: str = ENGINE_TOKENIZER,
 ) -> Quality:  # fmt: skip
-    """Run the gate and note in `step` what was measured, also when it fails."""
+    """Run the gate and note in `step` what was measured, also when it fails.
+
+    `tokenizer` is which one answers, as manifests say it.
+    """
     session = _open_session(folder, plan)
     try:
-        return _run_gate(session, plan, checkpoint, chat, check_logits, console, step)
+        encode = choose_encode(tokenizer, folder, session.encode)
+        return _run_gate(session, plan, checkpoint, chat, check_logits, console, step, encode)
     finally:
         session.close()
 
@@ -340,7 +349,7 @@ def _open_session(folder: Path, plan: Plan) -> Session:
 
 def _run_gate(
     session: Session, plan: Plan, checkpoint: Checkpoint, chat: Chat, check_logits: bool,
-    console: Console, step: Step, compare: Callable[[], Comparison] | None = None,
+    console: Console, step: Step, encode: Encode, compare: Callable[[], Comparison] | None = None,
 ) -> Quality:  # fmt: skip
     recipe = plan.recipe
     try:
@@ -350,7 +359,7 @@ def _run_gate(
             context_length=plan.context_length,
             # Unchecked, a vendor's artifact is what the vendor makes; parity says how it differs.
             check_tokens=check_logits or recipe.engine == "native",
-            compare=compare,
+            compare=compare, encode=encode,
         )  # fmt: skip
     except FailedGateError as error:
         _note(step, error.quality, console)

@@ -7,7 +7,14 @@ from functools import cached_property
 from pathlib import Path
 
 from toolkit import fileio
-from toolkit.artifact import Calibration, Chat, Source, Vision
+from toolkit.artifact import (
+    ENGINE_TOKENIZER,
+    SOURCE_TOKENIZER,
+    Calibration,
+    Chat,
+    Source,
+    Vision,
+)
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
 from toolkit.decoder import Decoder
@@ -17,6 +24,8 @@ from toolkit.plan import Plan
 from toolkit.quality.chat import read_chat
 from toolkit.quality.picture import describe_vision
 from toolkit.quality.texts import Text, read_text
+from toolkit.quality.tokenizing import Compared, compare_runtime
+from toolkit.recipe import Recipe
 from toolkit.report import Report
 
 CALIBRATION_LENGTH = 512  # tokens of a sequence: chats of usual length
@@ -37,7 +46,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """One artifact to be made of the checkpoint."""
+    """One artifact to be made of the checkpoint.
+
+    `tokens` is how its engine's tokenizer compares with the source's; None until that is known.
+    """
 
     plan: Plan
     source: Source
@@ -45,6 +57,7 @@ class Job:
     final: Path
     text: Text | None = None
     vision: Vision | None = None
+    tokens: Compared | None = None
 
     @property
     def name(self) -> str:
@@ -52,15 +65,26 @@ class Job:
         return self.plan.recipe.name
 
     @property
-    def companions(self) -> tuple[str, ...]:
-        """Packages that have to be on the device beside the runtime's."""
-        return (*self.plan.needs.companions, *self.chat.companions)
-
-    @property
     def key(self) -> str:
         """What a killed build must have been making for its work to be gone on with."""
         text = self.text.digest if self.text else "no calibration"
         return f"{self.plan.digest} {self.source.digest} {text}"
+
+    @property
+    def tokenizer(self) -> str:
+        """Which tokenizer answers, as the manifest says it."""
+        return self.tokens.tokenizer if self.tokens else ENGINE_TOKENIZER
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Packages that the artifact needs on a device beside its engine's."""
+        own = (SOURCE_TOKENIZER,) if self.tokenizer == SOURCE_TOKENIZER else ()
+        return (*self.plan.needs.companions, *self.chat.companions, *own)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the manifest says for people."""
+        return (*self.plan.needs.notes, *(self.tokens.notes if self.tokens else ()))
 
     @property
     def calibration(self) -> Calibration | None:
@@ -85,6 +109,7 @@ class Building:
     is_alone: bool
     results: dict[str, Result] = field(default_factory=dict)
     _texts: dict[int, Text] = field(default_factory=dict, repr=False)
+    _compared: dict[tuple[str, str], Compared] = field(default_factory=dict, repr=False)
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -116,6 +141,13 @@ class Building:
                 tokens=tokens, length=CALIBRATION_LENGTH,
             )  # fmt: skip
         return self._texts[tokens]
+
+    def compare_tokens(self, recipe: Recipe) -> Compared:
+        """How the tokenizer of a recipe's engine compares with the source's; once for a format."""
+        key = (recipe.format, recipe.model)
+        if key not in self._compared:
+            self._compared[key] = compare_runtime(recipe, self.decoder, self.checkpoint, self.chat)
+        return self._compared[key]
 
     def step_name(self, step: str, name: str) -> str:
         """Name of a step in the report; says which artifact when there are several."""

@@ -16,7 +16,7 @@ from tests.checkpoints import random_weights, variant_config, write_safetensors
 from tests.formats.gguf_cases import make_recipe
 from tests.formats.writing import write_artifact
 from toolkit.checkpoint import TOKENIZER_FILES, Checkpoint
-from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.errors import CheckpointError
 from toolkit.formats import gguf
 from toolkit.formats.gguf import stripping, vocabulary
 from toolkit.formats.gguf.session import GgufSession
@@ -105,7 +105,7 @@ def test_ids_of_the_example(example: Path, tmp_path: Path) -> None:
     """Phi-3 of April 2024: llama.cpp's own rule for white space, which knows ASCII's only."""
     checkpoint = Checkpoint.open(example)
     with opened(checkpoint, tmp_path / "out") as session:
-        assert not session._strippers
+        assert not session._tokenizer._strippers
         assert_same_ids(checkpoint, session.encode, ASCII_SPACES)
 
 
@@ -214,11 +214,21 @@ def test_unused_ids_are_padding(example: Path) -> None:
     assert len(found) == 2048
 
 
-@pytest.mark.parametrize("content", [{"model": {"type": "Unigram"}}, {"model": {"type": "BPE"}}])
-def test_another_kind_of_tokenizer_is_named(content: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-    with pytest.raises(UnsupportedError, match="supported: BPE with byte_fallback"):
-        vocabulary.read_vocabulary(tmp_path, 10)
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"type": "Unigram", "vocab": [["a", -1.5], ["b", -2.0]]}, "a Unigram tokenizer"),
+        ({"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "a BPE neither over bytes"),
+        ({"type": "WordLevel", "vocab": {"a": 0, "b": 1}}, "a WordLevel tokenizer"),
+    ],
+)
+def test_another_kind_of_tokenizer_keeps_its_texts(
+    model: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}), "utf-8")
+    found = vocabulary.read_vocabulary(tmp_path, 3)
+    assert found.foreign.startswith(words)
+    assert [token.text for token in found.tokens] == ["a", "b", "[PAD2]"]
 
 
 def test_a_missing_or_damaged_tokenizer_is_an_error(tmp_path: Path) -> None:

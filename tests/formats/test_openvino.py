@@ -20,7 +20,7 @@ from tests.formats.writing import write_artifact
 from tests.golden.make_openvino import GOLDEN, digest_constants
 from toolkit import stream
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import BuildError, CheckpointError, PlanError
+from toolkit.errors import BuildError, CheckpointError, PlanError, UnsupportedError
 from toolkit.families import read_decoder
 from toolkit.formats import openvino
 from toolkit.formats.openvino import graph, tokenizer
@@ -256,10 +256,8 @@ def test_a_tokenizer_that_cannot_be_read_is_named(
     monkeypatch.setattr(tokenizer, "ALONE_FROM_BYTES", alone_from_bytes)
     folder = write_random_checkpoint(tmp_path / "source", "mha")
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-    out = tmp_path / "out"
-    out.mkdir()
-    with pytest.raises(CheckpointError, match=f"{folder}: .*tokenizer"):
-        write_artifact(make_recipe("int4"), Checkpoint.open(folder), out)
+    with pytest.raises(UnsupportedError, match=f"{folder}: .*tokenizer"):
+        tokenizer.write_tokenizer(Checkpoint.open(folder), tmp_path)
 
 
 def test_a_process_of_its_own_writes_the_same_tokenizer(
@@ -267,6 +265,7 @@ def test_a_process_of_its_own_writes_the_same_tokenizer(
 ) -> None:
     """As Phi-3's own tokenizer is converted, which is larger than the example's."""
     monkeypatch.setattr(tokenizer, "ALONE_FROM_BYTES", 0)
+    tokenizer._made.clear()
     tokenizer.write_tokenizer(artifacts.checkpoint("gqa"), tmp_path)
     expected = _read_all(artifacts.find("gqa", "int4"))
     found = _read_all(tmp_path)
@@ -284,5 +283,6 @@ def test_a_killed_conversion_is_explained(
 ) -> None:
     monkeypatch.setattr(tokenizer, "ALONE_FROM_BYTES", 0)
     monkeypatch.setattr(tokenizer, "_convert", die)
+    tokenizer._made.clear()
     with pytest.raises(BuildError, match="converts the tokenizer was killed"):
         tokenizer.write_tokenizer(artifacts.checkpoint("gqa"), tmp_path)

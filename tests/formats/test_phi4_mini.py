@@ -9,7 +9,7 @@ import jinja2
 import pytest
 import yaml
 
-from tests.bytelevel import make_tokenizer, write_phi4_checkpoint
+from tests.bytelevel import write_phi4_checkpoint
 from tests.cli.commands import events, run
 from tests.formats.gguf_cases import make_recipe
 from tests.formats.test_gguf_tokenizer import (
@@ -23,8 +23,7 @@ from tests.golden.make_gguf import GOLDEN, read_metadata
 from toolkit import formats
 from toolkit.artifact import read_manifest
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import UnsupportedError
-from toolkit.formats.gguf import splitting, vocabulary
+from toolkit.formats.gguf.encoding import GgufTokenizer
 from toolkit.quality import tokens
 from toolkit.runner.engines import llama_cpp
 from toolkit.runner.settings import Settings
@@ -120,18 +119,15 @@ def test_metadata_is_the_converters_but_for_the_splitting(written: Path) -> None
 
 
 def test_the_converters_splitting_has_other_ids_for_letters_with_marks(
-    source: Path, written: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    source: Path, written: Path
 ) -> None:
     """Why ours is another: when llama.cpp mends gpt-4o, this fails, and the name can change."""
-    monkeypatch.setattr(splitting, "NAMES", {splitting.O200K: "gpt-4o"})
-    checkpoint = Checkpoint.open(source)
-    write_artifact(make_recipe("f16", model="phi-4-mini", is_long=True), checkpoint, tmp_path)
-    tokenizer = tokens.read_tokenizer(checkpoint)
-    session = formats.get("gguf").open_session(tmp_path)
+    tokenizer = tokens.read_tokenizer(Checkpoint.open(source))
+    encoder = GgufTokenizer(written / "model.gguf", pre="gpt-4o")
     different = tokens.compare_ids(
-        lambda text: tokens.encode(tokenizer, text), session.encode, tokens.PROBES
+        lambda text: tokens.encode(tokenizer, text), encoder.encode, tokens.PROBES
     )
-    session.close()
+    encoder.close()
     assert any("नमस्ते" in mismatch.text for mismatch in different)
 
 
@@ -157,18 +153,3 @@ def test_the_modelfile_writes_turns_without_line_ends(written: Path) -> None:
     assert f'TEMPLATE """{turns}"""' in text
     for stop in ("<|end|>", "<|endoftext|>", "<|user|>", "<|system|>", "<|assistant|>"):
         assert f'PARAMETER stop "{stop}"' in text
-
-
-@pytest.mark.parametrize("change", ["pattern", "normalizer", "none"])
-def test_a_splitting_that_llama_cpp_lacks_is_refused(change: str, tmp_path: Path) -> None:
-    content = json.loads(json.dumps(make_tokenizer()))
-    steps = content["pre_tokenizer"]["pretokenizers"]
-    if change == "pattern":
-        steps[0]["pattern"]["Regex"] = r"\w+"
-    if change == "normalizer":
-        content["normalizer"] = {"type": "NFC"}
-    if change == "none":
-        content["pre_tokenizer"] = steps[1]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(UnsupportedError, match="supported in GGUF: o200k's pattern"):
-        vocabulary.read_vocabulary(tmp_path, 2000)

@@ -14,10 +14,10 @@ from toolkit.decoder import Decoder, Rope
 from toolkit.errors import ArtifactError, CheckpointError, UnsupportedError, require
 from toolkit.families.phi3 import NAMES
 from toolkit.formats.gguf import CACHE_BYTES, OVERHEAD_BYTES, find_valid_context
-from toolkit.formats.gguf.header import KNOWN_STOPS
 from toolkit.formats.gguf.layout import DATA_FILE, source_names
 from toolkit.formats.gguf.llamaedge import SCRIPT, write_script
 from toolkit.formats.gguf.ollama import MODELFILE, describe_chat, write_modelfile
+from toolkit.formats.gguf.tokenizer import KNOWN_STOPS
 from toolkit.formats.gguf.vocabulary import TokenType
 from toolkit.quality.chat import read_chat
 

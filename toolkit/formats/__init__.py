@@ -42,13 +42,20 @@ class RuntimeNeeds:
     companions: tuple[str, ...] = ()
 
 
-class Session(Protocol):
-    """An artifact open in its own runtime, on this machine."""
+class Encoder(Protocol):
+    """An artifact's tokenizer in its own runtime, on this machine."""
 
     runtime: str
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens parsed, nothing added in front or behind."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
+class Session(Encoder, Protocol):
+    """An artifact open in its own runtime, on this machine."""
 
     def logits(self, ids: list[int]) -> NDArray[Any]:
         """float32 [len(ids), vocabulary]: the logits after every position."""
@@ -58,9 +65,6 @@ class Session(Protocol):
 
     def stops(self, token: int) -> bool:
         """True when the runtime ends generation on this token."""
-
-    def close(self) -> None:
-        """Free the model."""
 
 
 class Format(Protocol):
@@ -102,6 +106,20 @@ class Format(Protocol):
         context_length: int,
     ) -> None:
         """Write every other file: graph, configuration, tokenizer."""
+
+    def write_tokenizer(
+        self, folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint
+    ) -> None:
+        """Write what `open_tokenizer` reads, as the artifact will have it, without any weights.
+
+        UnsupportedError when the runtime has no tokenizer of this kind.
+        """
+
+    def open_tokenizer(self, folder: Path) -> Encoder:
+        """Open the tokenizer of an artifact, or what `write_tokenizer` wrote, in its own runtime.
+
+        UnsupportedError when the runtime cannot load it, MissingExtraError when it is not there.
+        """
 
     def dequantize(self, folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[Any]]]:
         """Read the artifact back with the format's own reader: (checkpoint name, float32)."""

@@ -16,7 +16,7 @@ from toolkit.decoder import Decoder
 from toolkit.errors import GateError
 from toolkit.formats import Session
 from toolkit.quality import chat as chats
-from toolkit.quality import comparing, picture, tokens
+from toolkit.quality import comparing, picture, tokenizing, tokens
 from toolkit.quality.measures import Comparison
 
 PROBE_QUESTION = "Recite the Zen of Python."
@@ -81,18 +81,20 @@ def run_gate(
     context_length: int | None = None,
     check_tokens: bool = True,
     compare: Callable[[], Comparison] | None = None,
+    encode: Callable[[str], list[int]] | None = None,
 ) -> Quality:
     """Measure an artifact against its source; FailedGateError on the first limit it misses.
 
     With `check_logits` False the logits and the smoke question are left out, and the result says
     `checked=False`; token ids are compared all the same, unless `check_tokens` is False too.
     `context_length` is the artifact's, where it is shorter than the checkpoint's. `compare` stands
-    for the comparison on the probe text; its ValueError says why nothing can be compared.
+    for the comparison on the probe text; its ValueError says why nothing can be compared. `encode`
+    is the tokenizer that answers, where it is not the session's.
     """
     gate = _Gate(session, checkpoint, decoder, chat, context_length or decoder.context)
     try:
         if check_tokens:
-            _check_tokens(gate)
+            _check_tokens(gate, encode or session.encode)
         _check_stops(gate)
         if check_logits:
             _check_logits(gate, limits, compare or partial(_compare_probe, gate, console))
@@ -125,20 +127,12 @@ def read_zen() -> str:
     return codecs.decode(module.s, "rot13")
 
 
-def _check_tokens(gate: _Gate) -> None:
-    tokenizer = tokens.read_tokenizer(gate.checkpoint)
-    tokens.check_vocabulary(tokenizer, gate.decoder.vocab, str(gate.checkpoint.folder))
-    probes = tokens.list_probes(tokenizer, gate.chat)
-    if gate.decoder.vision:  # what stands behind a picture is encoded by itself
-        probes += [f"\n{text}" for text in tokens.PLAIN_PROBES]
-    found = tokens.compare_ids(
-        lambda text: tokens.encode(tokenizer, text), gate.session.encode, probes
-    )
-    if not gate.add("token id mismatches", len(found), 0, ok=not found):
-        raise gate.fail(
-            f"token ids: {gate.session.runtime} encodes {len(found)} of {len(probes)} probe texts "
-            f"differently; limit 0; the first is {found[0]}"
-        )
+def _check_tokens(gate: _Gate, encode: Callable[[str], list[int]]) -> None:
+    runtime = gate.session.runtime
+    found = tokenizing.compare(runtime, encode, gate.checkpoint, gate.decoder, gate.chat)
+    differing = found.mismatches
+    if not gate.add("token id mismatches", len(differing), 0, ok=not differing):
+        raise gate.fail(f"token ids: {found.difference}; limit 0; the first is {differing[0]}")
 
 
 def _check_stops(gate: _Gate) -> None:

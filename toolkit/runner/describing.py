@@ -27,6 +27,7 @@ def describe(artifact: Path) -> dict[str, Any]:
         "engine": f"{engine.PACKAGE} {_find_version(engine.PACKAGE)}",
         "provider": manifest.provider,
         **({"adapter": adapter} if adapter else {}),
+        "tokenizer": manifest.tokenizer,
         "valid_context": list(manifest.valid_context),
         "settings": dataclasses.asdict(read_settings(artifact, manifest.context_length)),
         "offered": engine.OFFERED,

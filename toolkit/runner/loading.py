@@ -17,11 +17,15 @@ from .failure import Failure
 from .manifest import Manifest, read_manifest
 from .memory import read_available_bytes
 from .settings import Settings
+from .tokenizing import PACKAGE, Retokenized, SourceTokenizer
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that answers; `engine` is its package with its version."""
+    """A model that answers.
+
+    `engine` is its package with its version, and the tokenizer's where that is not its own.
+    """
 
     artifact: Path
     manifest: Manifest
@@ -41,10 +45,12 @@ def loading(artifact: Path, settings: Settings) -> Iterator[Loaded]:
     check_context(manifest, settings)
     check_memory(manifest)
     started_s = time.monotonic()
+    tokenizer = find_tokenizer(artifact, manifest)
+    options: dict[str, Any] = dict(manifest.properties)
+    if tokenizer:
+        options["has_tokenizer"] = False
     try:
-        model = engine.load(
-            artifact, manifest.main_file, manifest.provider, settings, **manifest.properties
-        )
+        model = engine.load(artifact, manifest.main_file, manifest.provider, settings, **options)
     except Failure as failure:
         raise explain_age(failure, engine.PACKAGE, manifest.version) from None
     except (AttributeError, ImportError, TypeError) as error:  # an interface of another version
@@ -52,10 +58,27 @@ def loading(artifact: Path, settings: Settings) -> Iterator[Loaded]:
         raise explain_age(reason, engine.PACKAGE, manifest.version) from error
     load_seconds = time.monotonic() - started_s
     version = f"{engine.PACKAGE} {model.version}"
+    if tokenizer:
+        model = Retokenized(model, tokenizer)
+        version += f" with {PACKAGE} {tokenizer.version}"
     try:
         yield Loaded(artifact, manifest, settings, model, version, load_seconds)
     finally:
         model.close()
+
+
+def find_tokenizer(artifact: Path, manifest: Manifest) -> SourceTokenizer | None:
+    """Return the source's own tokenizer where it answers; Failure when it cannot be had."""
+    if manifest.tokenizer == "engine":
+        return None
+    if manifest.tokenizer != PACKAGE:
+        raise Failure(
+            "artifact",
+            f"{manifest.name}: its tokenizer is {manifest.tokenizer!r}; this runner knows engine "
+            f"and {PACKAGE}",
+            "update phiship and deploy again",
+        )
+    return SourceTokenizer(artifact)
 
 
 def check_context(manifest: Manifest, settings: Settings) -> None:

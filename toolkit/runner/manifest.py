@@ -63,7 +63,8 @@ class Manifest:
     """What an artifact asks of its runner; `valid_context` is inclusive, in tokens.
 
     `version` is the one of the engine's package that the artifact was checked with; `properties`
-    are what the engine has to be loaded with, most often nothing.
+    are what the engine has to be loaded with, most often nothing. `tokenizer` is "engine", or
+    tokenizing.PACKAGE where the engine's own gives other ids than the source's.
     `vision` is None for a model that reads text only.
     """
 
@@ -78,6 +79,7 @@ class Manifest:
     chat: Chat
     properties: dict[str, str] = field(default_factory=dict)
     vision: Vision | None = None
+    tokenizer: str = "engine"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -99,6 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
             chat=_read_chat(data["chat"]),
             properties={str(k): str(v) for k, v in runtime.get("properties", {}).items()},
             vision=_read_vision(data.get("vision")),
+            tokenizer=str(runtime.get("tokenizer", "engine")),
         )
     except FileNotFoundError:
         raise Failure("artifact", f"{path}: not found: this folder is no artifact") from None

@@ -17,6 +17,9 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from toolkit.errors import PreflightError
 
 MAX_ROUNDS = 20
+# What a package asks for and does without here. tokenizers downloads with huggingface-hub, which
+# brings a dozen others; it reads a file without importing it.
+LEFT_OUT = {"tokenizers": {"huggingface-hub"}}
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def _list_wanted(
                 waiting += [
                     need
                     for need in chosen[name].needs
-                    if need.marker is None or need.marker.evaluate(values)
+                    if (need.marker is None or need.marker.evaluate(values))
+                    and canonicalize_name(need.name) not in LEFT_OUT.get(name, ())
                 ]
     return wanted

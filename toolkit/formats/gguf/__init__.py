@@ -9,13 +9,16 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder, Special
-from toolkit.errors import PlanError
+from toolkit.errors import PlanError, UnsupportedError
 from toolkit.formats import RuntimeNeeds
 from toolkit.formats.gguf import header, layout, mix, reader
+from toolkit.formats.gguf.encoding import GgufTokenizer
 from toolkit.formats.gguf.llamaedge import SCRIPT, write_script
 from toolkit.formats.gguf.ollama import MODELFILE, describe_model, write_modelfile
+from toolkit.formats.gguf.proving import complete, prove
 from toolkit.formats.gguf.recipe import GgufRecipe
 from toolkit.formats.gguf.session import GgufSession
+from toolkit.formats.gguf.tokenizer import write_vocabulary
 from toolkit.formats.gguf.vocabulary import read_vocabulary
 from toolkit.overrides import check_patterns, path_of
 from toolkit.recipe import Recipe
@@ -146,6 +149,30 @@ def write_rest(
     model = describe_model(checkpoint, tokens, context_length)
     write_text(folder / MODELFILE, write_modelfile(model))
     write_text(folder / SCRIPT, write_script(recipe.name, context_length))
+
+
+def write_tokenizer(folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> None:
+    """Write model.gguf with the vocabulary alone.
+
+    UnsupportedError when llama.cpp has no such tokenizer, or no such splitting into words.
+    """
+    vocabulary = read_vocabulary(checkpoint.folder, decoder.vocab)
+    if vocabulary.foreign:
+        raise UnsupportedError(f"llama.cpp has no tokenizer for {vocabulary.foreign}")
+    if vocabulary.is_byte_level and not vocabulary.splitting:
+        proof = prove(vocabulary, checkpoint)
+        if proof.differing:
+            raise UnsupportedError(
+                "llama.cpp has no pre-tokenizer for this tokenizer.json; the nearest, "
+                f"{proof.name}, encodes {proof.differing} of {proof.texts} texts differently"
+            )
+    vocabulary = complete(vocabulary, checkpoint)
+    write_vocabulary(folder / layout.DATA_FILE, checkpoint, vocabulary, recipe.model)
+
+
+def open_tokenizer(folder: Path) -> GgufTokenizer:
+    """Open llama.cpp's tokenizer of model.gguf."""
+    return GgufTokenizer(folder / layout.DATA_FILE)
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

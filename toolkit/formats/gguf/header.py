@@ -3,8 +3,6 @@
 Keys follow Phi3MiniModel of llama.cpp's convert_hf_to_gguf.py and the GGUF specification.
 """
 
-import json
-import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,26 +12,25 @@ import numpy as np
 
 from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder
-from toolkit.errors import CheckpointError, require
+from toolkit.errors import require
 from toolkit.formats.gguf.layout import ALIGN_BYTES, place
 from toolkit.formats.gguf.mix import FILE_TYPES
+from toolkit.formats.gguf.proving import complete
 from toolkit.formats.gguf.recipe import GgufRecipe
-from toolkit.formats.gguf.stripping import name_model, strip_template, texts_to_strip
-from toolkit.formats.gguf.vocabulary import Token, Vocabulary, read_vocabulary
+from toolkit.formats.gguf.stripping import name_model
+from toolkit.formats.gguf.tokenizer import add_tokenizer
+from toolkit.formats.gguf.vocabulary import Token, read_vocabulary
 
-STRIP_KEY = "phiship.tokenizer.strip_after"
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION (ggml.h)
-# Tokens that llama.cpp takes for the end of generation by their text (src/llama-vocab.cpp)
-KNOWN_STOPS = ("<|end|>", "<|endoftext|>", "</s>")
 
 
 def header_bytes(recipe: GgufRecipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
     """Everything before the data, padded to its alignment."""
     writer = require("gguf").GGUFWriter(path=None, arch=decoder.family)
-    vocabulary = read_vocabulary(checkpoint.folder, decoder.vocab)
+    vocabulary = complete(read_vocabulary(checkpoint.folder, decoder.vocab), checkpoint)
     _add_general(writer, recipe, decoder, vocabulary.tokens)
     _add_architecture(writer, decoder, checkpoint)
-    _add_tokenizer(writer, checkpoint, vocabulary)
+    add_tokenizer(writer, checkpoint, vocabulary)
     _add_tensors(writer, recipe, decoder)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"
@@ -76,48 +73,6 @@ def _add_architecture(writer: Any, decoder: Decoder, checkpoint: Checkpoint) -> 
     writer.add_sliding_window(checkpoint.config.fields.get("sliding_window") or 0)
     if rope.is_long:
         writer.add_rope_scaling_attn_factors(rope.long_scale)
-
-
-def _add_tokenizer(writer: Any, checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
-    tokens = vocabulary.tokens
-    writer.add_tokenizer_model(vocabulary.kind)
-    writer.add_tokenizer_pre(vocabulary.splitting)
-    writer.add_token_list([token.text for token in tokens])
-    if not vocabulary.is_byte_level:
-        writer.add_token_scores([token.score for token in tokens])
-    writer.add_token_types([int(token.kind) for token in tokens])
-    logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of Phi-3's own post-processor
-    special = require("gguf").SpecialVocab(
-        checkpoint.folder, load_merges=vocabulary.is_byte_level, n_vocab=len(tokens)
-    )
-    strippers = texts_to_strip(tokens)
-    if strippers:
-        writer.add_string(STRIP_KEY, json.dumps(strippers))
-    if isinstance(special.chat_template, str):
-        special.chat_template = strip_template(special.chat_template, strippers)
-    special.special_token_ids.setdefault("eos", checkpoint.stop_ids[0])
-    special.add_to_gguf(writer, quiet=True)
-    _add_stops(writer, checkpoint, tokens, special.special_token_ids["eos"])
-
-
-def _add_stops(writer: Any, checkpoint: Checkpoint, tokens: Sequence[Token], end_id: int) -> None:
-    """Name every stop id: besides `eos` GGUF has room for an end of turn and one of message."""
-    if (last := max(checkpoint.stop_ids)) >= len(tokens):
-        raise checkpoint.config.error("eos_token_id", last, f"ids below {len(tokens)}")
-    turn_id = next((i for i in checkpoint.stop_ids if tokens[i].text == "<|end|>"), None)
-    others = [i for i in checkpoint.stop_ids if i != end_id and tokens[i].text not in KNOWN_STOPS]
-    if turn_id is None and others:
-        turn_id = others.pop(0)
-    if len(others) > 1:
-        texts = ", ".join(repr(tokens[i].text) for i in others)
-        raise CheckpointError(
-            f"{checkpoint.folder}: eos_token_id: a GGUF file can name one more stop token besides "
-            f"those that llama.cpp knows ({', '.join(KNOWN_STOPS)}); found {texts}"
-        )
-    if turn_id is not None:
-        writer.add_eot_token_id(turn_id)
-    if others:
-        writer.add_eom_token_id(others[0])
 
 
 def _add_tensors(writer: Any, recipe: GgufRecipe, decoder: Decoder) -> None:

@@ -15,8 +15,24 @@ from toolkit.errors import MissingExtraError, require
 from toolkit.formats.gguf.ggml import PACKAGE, load_library
 
 VERSION = "2026.10.11549"
+OVERRIDE_TEXT = 3  # LLAMA_KV_OVERRIDE_TYPE_STR
 ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+
+class _Value(ctypes.Union):
+    _fields_ = (("number", ctypes.c_int64), ("text", ctypes.c_char * 128))
+
+
+class Override(ctypes.Structure):
+    """llama_model_kv_override: a value of the file's metadata that another stands for."""
+
+    _fields_ = (("kind", ctypes.c_int), ("key", ctypes.c_char * 128), ("value", _Value))
+
+    @classmethod
+    def of_text(cls, key: str, text: str) -> "Override":
+        """One whose value is a text of at most 127 bytes."""
+        return cls(OVERRIDE_TEXT, key.encode(), _Value(text=text.encode()))
 
 
 class ModelParams(ctypes.Structure):

@@ -1,7 +1,6 @@
 """An artifact open in llama.cpp on this machine."""
 
 import ctypes
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -9,15 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.errors import ArtifactError
-from toolkit.formats.gguf.header import STRIP_KEY
+from toolkit.errors import ArtifactError, UnsupportedError
+from toolkit.formats.gguf.encoding import GgufTokenizer
 from toolkit.formats.gguf.layout import DATA_FILE
-from toolkit.formats.gguf.llama import VERSION, Batch, attempt, load_llama
-from toolkit.runner.chat import strip_text
+from toolkit.formats.gguf.llama import Batch, attempt, load_llama
 
 THREADS = min(2, os.cpu_count() or 1)
 BATCH_TOKENS = 128  # logits of so many positions are in memory at once, besides the result
-STRIP_VALUE_BYTES = 1 << 16
 
 
 class GgufSession:
@@ -33,26 +30,15 @@ class GgufSession:
         self._llama = load_llama()
         self._path = folder / DATA_FILE
         self._model: int | None = None
-        self._tokenizer: int | None = self._load(vocab_only=True)
-        self._vocab = self._llama.llama_model_get_vocab(self._tokenizer)
-        self._vocab_size = self._llama.llama_vocab_n_tokens(self._vocab)
-        self._strippers = self._read_strippers()
-        self.runtime = f"xllamacpp {VERSION} (llama.cpp), cpu"
+        try:
+            self._tokenizer = GgufTokenizer(self._path)
+        except UnsupportedError as error:
+            raise ArtifactError(f"{self._path}: {error}") from error
+        self.runtime = f"{self._tokenizer.runtime}, cpu"
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, special tokens parsed, nothing added.
-
-        White space behind some special tokens is dropped first where llama.cpp would keep it and
-        the source does not: see stripping.py.
-        """
-        raw = strip_text(text, self._strippers).encode()
-        ids = np.empty(len(raw) + 8, np.int32)  # no token is shorter than a byte
-        count = self._llama.llama_tokenize(
-            self._vocab, raw, len(raw), ids.ctypes.data, len(ids), False, True
-        )
-        if count < 0:
-            raise ArtifactError(f"llama.cpp cannot tokenize a text of {len(raw)} bytes: {count}")
-        return [int(token) for token in ids[:count]]
+        """Token ids of `text`, special tokens parsed, nothing added."""
+        return self._tokenizer.encode(text)
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """float32 [len(ids), vocabulary]."""
@@ -70,19 +56,18 @@ class GgufSession:
 
     def stops(self, token: int) -> bool:
         """True when the runtime ends generation on this token."""
-        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+        return self._tokenizer.stops(token)
 
     def close(self) -> None:
         """Free the model."""
-        for model in (self._model, self._tokenizer):
-            if model:
-                self._llama.llama_model_free(model)
-        self._model = self._tokenizer = None
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._model = None
+        self._tokenizer.close()
 
-    def _load(self, vocab_only: bool) -> int:
+    def _load(self) -> int:
         params = self._llama.llama_model_default_params()
         params.n_gpu_layers = 0
-        params.vocab_only = vocab_only
         # Repacking for this machine's kernels would hold the weights twice.
         params.use_extra_bufts = False
         load = partial(self._llama.llama_model_load_from_file, os.fsencode(self._path), params)
@@ -93,15 +78,8 @@ class GgufSession:
 
     def _context(self, length: int) -> "_Context":
         if self._model is None:
-            self._model = self._load(vocab_only=False)
-        return _Context(self._llama, self._model, self._vocab_size, length)
-
-    def _read_strippers(self) -> list[str]:
-        value = ctypes.create_string_buffer(STRIP_VALUE_BYTES)
-        found = self._llama.llama_model_meta_val_str(
-            self._tokenizer, STRIP_KEY.encode(), value, len(value)
-        )
-        return list(json.loads(value.value)) if found > 0 else []
+            self._model = self._load()
+        return _Context(self._llama, self._model, self._tokenizer.size, length)
 
 
 class _Context:

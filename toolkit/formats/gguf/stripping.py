@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from toolkit.formats.gguf.vocabulary import Token, TokenType
 
+STRIP_KEY = "phiship.tokenizer.strip_after"  # of our own: a JSON list of tokens
 NAMES_THAT_STRIP = re.compile("phi-?3", re.IGNORECASE)
 KEPT_BY_LLAMA_CPP = ("<unk>", "<s>", "<|endoftext|>")
 STRIPPED_BY_LLAMA_CPP = ("</s>",)

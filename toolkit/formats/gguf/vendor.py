@@ -12,11 +12,11 @@ from typing import cast
 from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder
 from toolkit.errors import PlanError
-from toolkit.formats.gguf.header import KNOWN_STOPS
 from toolkit.formats.gguf.layout import DATA_FILE
 from toolkit.formats.gguf.reader import dequantize
 from toolkit.formats.gguf.recipe import GgufQuantization, GgufRecipe
 from toolkit.formats.gguf.stripping import name_model, texts_to_strip
+from toolkit.formats.gguf.tokenizer import KNOWN_STOPS
 from toolkit.formats.gguf.vocabulary import Token, read_vocabulary
 from toolkit.recipe import Recipe
 from toolkit.vendor import (

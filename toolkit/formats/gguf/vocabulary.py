@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.config import read_json
-from toolkit.errors import CheckpointError, UnsupportedError, require
-from toolkit.formats.gguf.splitting import is_byte_level, name_splitting
+from toolkit.errors import CheckpointError, require
+from toolkit.formats.gguf.splitting import is_byte_level, recognize
 
 SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"
 PADDING_SCORE = -10000.0
@@ -44,13 +44,16 @@ class Token:
 class Vocabulary:
     """The tokens of all ids, and how llama.cpp makes them of a text.
 
-    `kind` is tokenizer.ggml.model and `splitting` tokenizer.ggml.pre. The order of a SentencePiece
-    BPE is in its tokens' scores, that of a byte-level BPE in the checkpoint's merges.
+    `kind` is tokenizer.ggml.model and `splitting` tokenizer.ggml.pre, empty where none is known for
+    the source's pattern. The order of a SentencePiece BPE is in its tokens' scores, that of a
+    byte-level BPE in the checkpoint's merges. `foreign` says what llama.cpp has no tokenizer for:
+    then the texts are right, and ids of a text are not to be had from it.
     """
 
     kind: str
     splitting: str
     tokens: tuple[Token, ...]
+    foreign: str = ""
 
     @property
     def is_byte_level(self) -> bool:
@@ -61,9 +64,11 @@ class Vocabulary:
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     """Every id below `size`, unused ones as [PADn]; CheckpointError when the tokenizer has more."""
     content = _read(folder / "tokenizer.json")
-    byte_level = is_byte_level(content) and not (folder / "tokenizer.model").is_file()
+    has_pieces = (folder / "tokenizer.model").is_file()
+    byte_level = is_byte_level(content) and not has_pieces
+    foreign = "" if byte_level or has_pieces or not content else _find_foreign(content)
     tokens = {token_id: _padding(token_id) for token_id in range(size)}
-    tokens |= _read_texts(content) if byte_level else _read_pieces(folder)
+    tokens |= _read_texts(content) if byte_level or foreign else _read_pieces(folder)
     tokens |= {i: _look(t) if byte_level else t for i, t in _read_added(folder).items()}
     if len(tokens) > size:
         last = max(tokens)
@@ -71,10 +76,21 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
             f"{folder}: the tokenizer has {tokens[last].text!r} with id {last}; "
             f"config.json says vocab_size {size}"
         )
-    kind, splitting = SENTENCEPIECE, "default"
-    if byte_level:
-        kind, splitting = BYTE_LEVEL, name_splitting(content, str(folder / "tokenizer.json"))
-    return Vocabulary(kind, splitting, tuple(tokens[token_id] for token_id in range(size)))
+    kind = BYTE_LEVEL if byte_level else SENTENCEPIECE
+    splitting = recognize(content) if byte_level else "default"
+    return Vocabulary(kind, splitting, tuple(tokens[i] for i in range(size)), foreign)
+
+
+def _find_foreign(content: dict[str, Any]) -> str:
+    """What a tokenizer.json has that llama.cpp has no tokenizer for; empty for Phi-3's."""
+    model = content.get("model", {})
+    kind, vocabulary = model.get("type"), model.get("vocab", {})
+    if kind != "BPE":
+        return f"a {kind} tokenizer"
+    bytes_of_text = (f"<0x{byte:02X}>" for byte in range(256))
+    if model.get("byte_fallback") and vocabulary.keys() >= set(bytes_of_text):
+        return ""
+    return "a BPE neither over bytes nor with bytes for what it lacks"
 
 
 def _padding(token_id: int) -> Token:
@@ -93,8 +109,14 @@ def _read_pieces(folder: Path) -> dict[int, Token]:
 
 
 def _read_texts(content: dict[str, Any]) -> dict[int, Token]:
-    """Tokens of a byte-level BPE; their order is in the merges."""
-    return {i: Token(text, 0.0, TokenType.NORMAL) for text, i in content["model"]["vocab"].items()}
+    """Texts of a vocabulary; a byte-level BPE has their order in its merges."""
+    vocabulary = content["model"].get("vocab", {})
+    if isinstance(vocabulary, list):  # Unigram's, with scores
+        return {
+            i: Token(text, float(score), TokenType.NORMAL)
+            for i, (text, score) in enumerate(vocabulary)
+        }
+    return {i: Token(text, 0.0, TokenType.NORMAL) for text, i in vocabulary.items()}
 
 
 def _look(token: Token) -> Token:
@@ -130,12 +152,7 @@ def _read_sentencepiece(path: Path) -> dict[int, Token]:
 
 def _read_merges(path: Path) -> dict[int, Token]:
     """SentencePiece's score of a piece is minus the rank of the merge that makes it."""
-    model = read_json(path).get("model", {})
-    if model.get("type") != "BPE" or not model.get("byte_fallback"):
-        raise UnsupportedError(
-            f"{path}: model: got {model.get('type')!r} without byte_fallback; "
-            "supported: BPE with byte_fallback, as Phi-3 has it, or over bytes, as Phi-4-mini"
-        )
+    model = read_json(path)["model"]
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         pair = merge.split(" ") if isinstance(merge, str) else merge

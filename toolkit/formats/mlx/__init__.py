@@ -17,7 +17,7 @@ from toolkit.formats import RuntimeNeeds
 from toolkit.formats.mlx import config, layout, modules, reader, schemes, vision
 from toolkit.formats.mlx.encoders import STORED
 from toolkit.formats.mlx.recipe import MlxRecipe
-from toolkit.formats.mlx.session import MlxSession
+from toolkit.formats.mlx.session import MlxSession, MlxTokenizer
 from toolkit.overrides import path_of
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
@@ -133,6 +133,18 @@ def write_rest(
     checkpoint.write_tokenizer(folder)
     if decoder.vision:
         shutil.copyfile(checkpoint.folder / PREPROCESSOR_FILE, folder / PREPROCESSOR_FILE)
+
+
+def write_tokenizer(folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> None:
+    """Write the tokenizer's files and config.json, which transformers reads for them."""
+    made = config.make_config(cast(MlxRecipe, recipe), decoder, checkpoint)
+    _write_json(folder / "config.json", made)
+    checkpoint.write_tokenizer(folder)
+
+
+def open_tokenizer(folder: Path) -> MlxTokenizer:
+    """Open mlx-lm's tokenizer of a folder."""
+    return MlxTokenizer(folder)
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

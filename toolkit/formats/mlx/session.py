@@ -7,12 +7,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.errors import ArtifactError, require
+from toolkit.errors import ArtifactError, UnsupportedError, require
 from toolkit.formats.mlx.cpu import speed_up
-from toolkit.runner.engines._mlx_vision import embed, load_model, load_tokenizer
+from toolkit.runner.engines._mlx_vision import embed, load_model, load_tokenizer, read_stops
 from toolkit.runner.images import Pixels
 
 BATCH_TOKENS = 256  # positions that are computed at once
+
+
+class MlxTokenizer:
+    """mlx-lm's tokenizer of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runtime = f"mlx-lm {require('mlx_lm').__version__}"
+        stops = require("mlx_lm.utils").load_config(folder).get("eos_token_id")
+        try:
+            self._tokenizer = load_tokenizer(folder, stops)
+        except Exception as error:  # transformers raises nothing narrower
+            raise UnsupportedError(
+                f"{self.runtime} does not load the tokenizer: {error}"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens parsed, nothing added."""
+        return [int(t) for t in self._tokenizer.encode(text, add_special_tokens=False)]
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """The ids on which mlx-lm ends an answer: the configuration's and the tokenizer's own."""
+        return set(self._tokenizer.eos_token_ids)
+
+    def close(self) -> None:
+        """Free it."""
+        del self._tokenizer
 
 
 class MlxSession:
@@ -27,15 +54,25 @@ class MlxSession:
         self._caches = require("mlx_lm.models.cache")
         self._folder = folder
         try:
-            stops = self._utils.load_config(folder).get("eos_token_id")
-            self._tokenizer = load_tokenizer(folder, stops)
+            self._config = self._utils.load_config(folder)
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{folder}: mlx-lm does not load its tokenizer: {error}") from error
+            raise ArtifactError(f"{folder}: mlx-lm does not load it: {error}") from error
         has_metal = self._mx.metal.is_available()
         self._device = self._mx.gpu if has_metal else self._mx.cpu
         version = require("mlx_lm").__version__
         provider = "metal" if has_metal else "cpu"
         self.runtime = f"mlx-lm {version} (mlx {self._mx.__version__}), {provider}"
+
+    @cached_property
+    def _tokenizer(self) -> MlxTokenizer:
+        return MlxTokenizer(self._folder)
+
+    @cached_property
+    def _stops(self) -> set[int]:
+        try:
+            return self._tokenizer.stop_ids
+        except UnsupportedError:  # then the runner has none of it either
+            return read_stops(self._config)
 
     @cached_property
     def _model(self) -> Any:
@@ -51,7 +88,7 @@ class MlxSession:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens parsed, nothing added."""
-        return [int(t) for t in self._tokenizer.encode(text, add_special_tokens=False)]
+        return self._tokenizer.encode(text)
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """float32 [len(ids), vocabulary]."""
@@ -76,10 +113,11 @@ class MlxSession:
 
     def stops(self, token: int) -> bool:
         """True when the runtime ends generation on this token."""
-        return token in self._tokenizer.eos_token_ids
+        return token in self._stops
 
     def close(self) -> None:
         """Free the model."""
+        self.__dict__.pop("_tokenizer", None)
         self.__dict__.pop("_model", None)
         self._mx.clear_cache()
 

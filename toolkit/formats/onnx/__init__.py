@@ -26,7 +26,7 @@ from toolkit.formats.onnx import (
     vision,
 )  # fmt: skip
 from toolkit.formats.onnx.recipe import OnnxRecipe
-from toolkit.formats.onnx.session import OnnxSession
+from toolkit.formats.onnx.session import OnnxSession, OnnxTokenizer
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
 
@@ -200,6 +200,18 @@ def write_rest(
         _write_json(folder / "processor_config.json", processor)
     _write_json(folder / "genai_config.json", config)
     checkpoint.write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> None:
+    """Write the tokenizer's files and genai_config.json, which says the kind of model."""
+    config = genai.make_config(cast(OnnxRecipe, recipe), decoder, checkpoint, decoder.context)
+    _write_json(folder / "genai_config.json", config)
+    checkpoint.write_tokenizer(folder)
+
+
+def open_tokenizer(folder: Path) -> OnnxTokenizer:
+    """Open onnxruntime-genai's tokenizer of a folder."""
+    return OnnxTokenizer(folder)
 
 
 def _write_model(path: Path, model: Any) -> None:

@@ -8,9 +8,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.errors import require
+from toolkit.errors import UnsupportedError, require
 from toolkit.runner.engines.onnxruntime_genai import load_adapter, make_generator, make_inputs
 from toolkit.runner.images import Pixels
+
+
+class OnnxTokenizer:
+    """onnxruntime-genai's tokenizer of a folder; of the configuration it needs no more."""
+
+    def __init__(self, folder: Path) -> None:
+        genai = require("onnxruntime_genai")
+        self.runtime = f"onnxruntime-genai {genai.__version__}"
+        try:
+            self._tokenizer = genai.Tokenizer(genai.Config(str(folder)))
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"{self.runtime} does not load the tokenizer: {error}"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens parsed, nothing added."""
+        return [int(token) for token in self._tokenizer.encode(text)]
+
+    def close(self) -> None:
+        """Free it."""
+        del self._tokenizer
 
 
 class OnnxSession:
@@ -24,11 +46,15 @@ class OnnxSession:
         self._genai = require("onnxruntime_genai")
         self._config = self._genai.Config(str(folder))
         self._config.clear_providers()
-        self._tokenizer = self._genai.Tokenizer(self._config)
+        self._folder = folder
         settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
         self._adapter = folder / adapter if adapter else None
         self._stops = set(settings["model"]["eos_token_id"])
         self.runtime = f"onnxruntime-genai {self._genai.__version__}, cpu"
+
+    @cached_property
+    def _tokenizer(self) -> OnnxTokenizer:
+        return OnnxTokenizer(self._folder)
 
     @cached_property
     def _model(self) -> Any:
@@ -40,7 +66,7 @@ class OnnxSession:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens parsed, nothing added."""
-        return [int(token) for token in self._tokenizer.encode(text)]
+        return self._tokenizer.encode(text)
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """float32 [len(ids), vocabulary]."""
@@ -74,7 +100,7 @@ class OnnxSession:
         """Free the model."""
         self.__dict__.pop("_adapters", None)
         self.__dict__.pop("_model", None)
-        del self._tokenizer
+        self.__dict__.pop("_tokenizer", None)
 
     def _generator(self, max_length: int) -> Any:
         params = self._genai.GeneratorParams(self._model)

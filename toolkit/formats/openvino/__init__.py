@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +12,12 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder, Special
-from toolkit.errors import PlanError
+from toolkit.errors import PlanError, UnsupportedError
 from toolkit.formats import RuntimeNeeds
-from toolkit.formats.openvino import graph, reader, sparse, vision
+from toolkit.formats.openvino import graph, reader, sparse, tokenizer, vision
 from toolkit.formats.openvino.layout import MAIN_FILE, list_stacks
 from toolkit.formats.openvino.recipe import OpenvinoRecipe
-from toolkit.formats.openvino.session import OpenvinoSession, SeeingSession
-from toolkit.formats.openvino.tokenizer import write_tokenizer
+from toolkit.formats.openvino.session import OpenvinoSession, OpenvinoTokenizer, SeeingSession
 from toolkit.overrides import check_patterns, list_matrices, path_of, resolve
 from toolkit.recipe import Recipe
 from toolkit.runner.sight import LANGUAGE
@@ -194,10 +194,22 @@ def write_rest(
         graph.make_network(recipe, decoder).write(folder / MAIN_FILE)
         shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
     checkpoint.write_tokenizer(folder)
-    write_tokenizer(checkpoint, folder)
+    with suppress(UnsupportedError):  # which the build has said: the source's own answers then
+        tokenizer.write_tokenizer(checkpoint, folder)
     generation = {**checkpoint.generation, "eos_token_id": list(checkpoint.stop_ids)}
     text = json.dumps(generation, indent=2) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> None:
+    """Write the tokenizer as networks, which is all that openvino-genai reads of it."""
+    del recipe, decoder
+    tokenizer.write_tokenizer(checkpoint, folder)
+
+
+def open_tokenizer(folder: Path) -> OpenvinoTokenizer:
+    """Open openvino-genai's tokenizer of a folder."""
+    return OpenvinoTokenizer(folder)
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.errors import ArtifactError, require
+from toolkit.errors import ArtifactError, UnsupportedError, require
 from toolkit.formats.openvino.layout import MAIN_FILE
+from toolkit.formats.openvino.tokenizer import TOKENIZER
 from toolkit.runner.images import Pixels
 from toolkit.runner.sight import Sight
 
@@ -19,6 +21,31 @@ EXACT = {
     "KV_CACHE_PRECISION": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
 }
+
+
+class OpenvinoTokenizer:
+    """openvino-genai's tokenizer of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        genai = require("openvino_genai")
+        self.runtime = f"openvino-genai {genai.get_version()}"
+        if not (folder / f"{TOKENIZER}.xml").is_file():
+            raise UnsupportedError(f"{self.runtime} has no tokenizer in {folder}")
+        try:
+            self._tokenizer = genai.Tokenizer(str(folder))
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"{self.runtime} does not load the tokenizer: {error}"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens parsed, nothing added."""
+        inputs = self._tokenizer.encode(text, add_special_tokens=False)
+        return [int(token) for token in inputs.input_ids.data[0]]
+
+    def close(self) -> None:
+        """Free it."""
+        del self._tokenizer
 
 
 class OpenvinoSession:
@@ -35,14 +62,16 @@ class OpenvinoSession:
         self._request: Any = None
         self._pipeline: Any = None
         with self._explained():
-            self._tokenizer = self._genai.Tokenizer(str(folder))
             self._config = self._genai.GenerationConfig(str(folder / "generation_config.json"))
         self.runtime = f"openvino-genai {self._genai.get_version()}, cpu"
 
+    @cached_property
+    def _tokenizer(self) -> OpenvinoTokenizer:
+        return OpenvinoTokenizer(self._folder)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens parsed, nothing added."""
-        inputs = self._tokenizer.encode(text, add_special_tokens=False)
-        return [int(token) for token in inputs.input_ids.data[0]]
+        return self._tokenizer.encode(text)
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """float32 [len(ids), vocabulary]."""

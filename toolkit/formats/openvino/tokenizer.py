@@ -1,5 +1,6 @@
 """The tokenizer as networks that openvino-genai runs, made by openvino_tokenizers."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -12,30 +13,48 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import BuildError, CheckpointError, require
+from toolkit.errors import BuildError, UnsupportedError, require
 
+TOKENIZER, DETOKENIZER = "openvino_tokenizer", "openvino_detokenizer"
 COUNTED = re.compile(r"Result_\d+")
 # The conversion takes 100 MB beside what a build has: a large vocabulary gets a process for it.
 ALONE_FROM_BYTES = 1 << 20
 # All that transformers reads of config.json: with it a tokenizer.json is taken as it is. What a
 # checkpoint's own says may be a type, or rotary settings, that transformers stumbles over.
 CONFIG = {"model_type": "phi3"}
+# What the last tokenizer became, by the digest of its files: an artifact's is asked for twice, once
+# to look at its ids and once to be written.
+_made: dict[str, dict[str, bytes]] = {}
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Write openvino_tokenizer and openvino_detokenizer, .xml and .bin each.
 
-    CheckpointError when the tokenizer cannot be read or has something that they cannot express.
+    UnsupportedError when transformers cannot read the tokenizer, or openvino_tokenizers has nothing
+    for a part of it.
     """
+    contents = checkpoint.tokenizer_contents()
+    lines = [f"{name} {hashlib.sha256(data).hexdigest()}" for name, data in contents.items()]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if digest not in _made:
+        made = _make(checkpoint, sum(map(len, contents.values())))
+        _made.clear()
+        _made[digest] = made
+    for name, data in _made[digest].items():
+        (folder / name).write_bytes(data)
+
+
+def _make(checkpoint: Checkpoint, size_bytes: int) -> dict[str, bytes]:
+    """The networks' files, made in this process or, of a large tokenizer, in another."""
     with tempfile.TemporaryDirectory() as name:
-        scratch, where = Path(name), str(checkpoint.folder)
+        scratch, made = Path(name) / "source", Path(name) / "made"
+        scratch.mkdir()
+        made.mkdir()
         checkpoint.write_tokenizer(scratch)
-        size_bytes = sum(path.stat().st_size for path in scratch.iterdir())
         (scratch / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-        if size_bytes < ALONE_FROM_BYTES:
-            _convert(scratch, folder, where)
-        else:
-            _convert_alone(scratch, folder, where)
+        convert = _convert if size_bytes < ALONE_FROM_BYTES else _convert_alone
+        convert(scratch, made, str(checkpoint.folder))
+        return {path.name: path.read_bytes() for path in sorted(made.iterdir())}
 
 
 def _convert_alone(source: Path, folder: Path, where: str) -> None:
@@ -58,12 +77,12 @@ def _convert(source: Path, folder: Path, where: str) -> None:
     try:
         networks = converter.convert_tokenizer(tokenizer, with_detokenizer=True)
     except Exception as error:  # whatever a tokenizer's part raises
-        raise CheckpointError(
+        raise UnsupportedError(
             f"{where}: openvino_tokenizers cannot convert the tokenizer: {error}"
         ) from error
-    for network, name in zip(networks, ("tokenizer", "detokenizer"), strict=True):
+    for network, name in zip(networks, (TOKENIZER, DETOKENIZER), strict=True):
         _rename(network)
-        openvino.save_model(network, folder / f"openvino_{name}.xml")
+        openvino.save_model(network, folder / f"{name}.xml")
 
 
 def _rename(network: Any) -> None:
@@ -84,6 +103,6 @@ def _read(folder: Path, where: str) -> Any:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises nothing narrower
-        raise CheckpointError(
+        raise UnsupportedError(
             f"{where}: transformers cannot read the tokenizer: {error}"
         ) from error

@@ -5,7 +5,9 @@ A module offers:
     PROVIDERS                   the providers it can be asked for
     OFFERED                     settings it takes: name -> allowed values, () for any
     load(artifact_folder, main_file, provider, settings, **properties) -> Model
-                                properties are the manifest's; most engines take none
+                                properties are the manifest's; most engines take none. With
+                                has_tokenizer=False texts are not its business: its own tokenizer
+                                need not load, encode is not called, and the text of pairs not read
 and, where there is another way to the runtime than MODULE:
     import_runtime()            ImportError when the runtime cannot be reached in any way
 A Model offers:

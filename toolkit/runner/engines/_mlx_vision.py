@@ -7,7 +7,7 @@ of the published remote code. It computes in float32, whatever its weights are s
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,13 @@ def load_tokenizer(folder: Path, stops: Any) -> Any:
         return utils.load_tokenizer(folder, eos_token_ids=stops)
     finally:
         log.setLevel(before)
+
+
+def read_stops(config: Mapping[str, Any]) -> set[int]:
+    """Return the ids on which an answer ends, as config.json has them: a list, or one number."""
+    stops = config.get("eos_token_id")
+    listed = stops if isinstance(stops, list) else [stops]
+    return {int(token) for token in listed if token is not None}
 
 
 def embed(model: Any, ids: Sequence[int], pixels: Pixels, start: int = 0) -> Any:

@@ -160,8 +160,11 @@ def describe_program() -> str:
     return f"{_llama_server.PROGRAM} b{find_program().build}"
 
 
-def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Model:
+def load(
+    folder: Path, main_file: str, provider: str, settings: Settings, has_tokenizer: bool = True
+) -> Model:
     """Load a GGUF file for `context_tokens`; Failure when the provider is not active."""
+    del has_tokenizer  # llama.cpp does not load a file without
     check_offered("llama.cpp", settings, OFFERED)
     if provider not in PROVIDERS:
         raise Failure(

@@ -16,7 +16,7 @@ from typing import Any
 from ..failure import Failure
 from ..images import Pixels
 from ..settings import GREEDY, Sampling, Settings, check_offered
-from ._mlx_vision import embed, load_model, load_tokenizer
+from ._mlx_vision import embed, load_model, load_tokenizer, read_stops
 from ._prefix import count_common, name_pictures
 from ._producing import Producer, Put
 from ._sampling import choose_seed
@@ -32,7 +32,9 @@ KV_GROUP_SIZE = 32  # 64, the default, does not divide the 96 values of a head o
 class Model:
     """A loaded MLX folder; all its work is done in one thread, which MLX's streams belong to."""
 
-    def __init__(self, mlx: Any, folder: Path, provider: str, settings: Settings) -> None:
+    def __init__(
+        self, mlx: Any, folder: Path, provider: str, settings: Settings, has_tokenizer: bool
+    ) -> None:
         self._mlx = mlx
         self._settings = settings
         self.provider = provider
@@ -41,18 +43,22 @@ class Model:
         self._cache: Any = None
         self._tokens: list[int] = []  # those of the cache, and at most one more
         try:
-            self._producer.call(lambda: self._load(folder))
+            self._producer.call(lambda: self._load(folder, has_tokenizer))
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise Failure("model", f"{folder}: mlx-lm cannot load it: {error}") from None
 
-    def _load(self, folder: Path) -> None:
+    def _load(self, folder: Path, has_tokenizer: bool) -> None:
         self._mlx.set_default_device(getattr(self._mlx, PROVIDERS[self.provider]))
         # After the default device is set: mlx-lm makes its stream on it when it is imported.
         import mlx_lm  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         self.version = str(mlx_lm.__version__)
         self._model, config = load_model(folder)
-        self._tokenizer = load_tokenizer(folder, config.get("eos_token_id"))
+        self._tokenizer: Any = None
+        self._stops = read_stops(config)
+        if has_tokenizer:
+            self._tokenizer = load_tokenizer(folder, config.get("eos_token_id"))
+            self._stops = set(self._tokenizer.eos_token_ids)
 
     def encode(self, text: str) -> list[int]:
         """Return token ids; the tokenizer parses special tokens and adds none."""
@@ -72,7 +78,7 @@ class Model:
             self._run(prompt, pixels, new_tokens, sampling, put)
 
         with closing(self._producer.produce(work)) as tokens:
-            yield from self._spell(tokens)
+            yield from self._spell(tokens) if self._tokenizer else ((one, "") for one in tokens)
 
     def close(self) -> None:
         """Let the runtime free its memory."""
@@ -96,7 +102,7 @@ class Model:
         seen = {}
         if pixels is not None:
             seen["input_embeddings"] = embed(self._model, prompt, pixels, self.reused_tokens)
-        stops = self._tokenizer.eos_token_ids
+        stops = self._stops
         steps = generate_step(
             self._mlx.array(prompt[self.reused_tokens :]),
             self._model,
@@ -180,13 +186,15 @@ def _find_thread() -> Producer[int]:
     return Producer(PACKAGE)
 
 
-def load(folder: Path, main_file: str, provider: str, settings: Settings) -> Model:
+def load(
+    folder: Path, main_file: str, provider: str, settings: Settings, has_tokenizer: bool = True
+) -> Model:
     """Load the folder of `main_file`; Failure when the provider is not there."""
     check_offered(PACKAGE, settings, OFFERED)
     import mlx.core as mlx  # type: ignore[import-not-found,unused-ignore]
 
     _check_provider(mlx, provider)
-    return Model(mlx, (folder / main_file).parent, provider, settings)
+    return Model(mlx, (folder / main_file).parent, provider, settings, has_tokenizer)
 
 
 def _check_provider(mlx: Any, asked: str) -> None:

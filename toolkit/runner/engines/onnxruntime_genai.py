@@ -50,8 +50,9 @@ class Model:
     """A loaded ONNX folder."""
 
     def __init__(
-        self, genai: Any, folder: Path, provider: str, settings: Settings, adapter: str
-    ) -> None:
+        self, genai: Any, folder: Path, provider: str, settings: Settings, adapter: str,
+        has_tokenizer: bool,
+    ) -> None:  # fmt: skip
         self._genai = genai
         self._settings = settings
         self.version = str(genai.__version__)
@@ -63,7 +64,7 @@ class Model:
             self._switch, self._context_length = read_switch(config)
             self._rewinds = read_type(config) not in ONE_WAY
             self._model = genai.Model(_configure(genai, folder, provider, settings))
-            self._tokenizer = genai.Tokenizer(self._model)
+            self._tokenizer: Any = genai.Tokenizer(self._model) if has_tokenizer else None
             self._adapters = load_adapter(genai, self._model, folder / adapter) if adapter else None
         except (RuntimeError, OSError, ValueError, KeyError) as error:
             raise Failure("model", f"{folder}: onnxruntime-genai cannot load it: {error}") from None
@@ -84,7 +85,7 @@ class Model:
     ) -> Generator[tuple[int, str], None, None]:
         """Yield up to `new_tokens` (token id, text) pairs; ids below 0 stand for `pixels`."""
         choose = make_chooser(sampling) if sampling.temperature > 0 else None
-        stream = self._tokenizer.create_stream()
+        stream = self._tokenizer.create_stream() if self._tokenizer else None
         kept, self._kept = self._begin(list(prompt_ids), new_tokens, pixels), None
         last: int | None = None
         for _ in range(new_tokens):
@@ -97,7 +98,7 @@ class Model:
                 raise Failure("engine", f"onnxruntime-genai failed: {error}") from None
             if self.provider in KEEPING and self._rewinds:
                 self._kept = kept
-            yield last, stream.decode(last)
+            yield last, stream.decode(last) if stream else ""
             if kept.generator.is_done():
                 return
 
@@ -183,8 +184,9 @@ class Model:
 
 
 def load(
-    folder: Path, main_file: str, provider: str, settings: Settings, adapter: str = ""
-) -> Model:
+    folder: Path, main_file: str, provider: str, settings: Settings, adapter: str = "",
+    has_tokenizer: bool = True,
+) -> Model:  # fmt: skip
     """Load the folder of `main_file`; Failure when the provider is not active.
 
     `adapter` is the name of a file beside it that is active in all that the model says.
@@ -192,7 +194,8 @@ def load(
     check_offered(PACKAGE, settings, OFFERED)
     import onnxruntime_genai as genai  # type: ignore[import-not-found,unused-ignore]
 
-    return Model(genai, (folder / main_file).parent, provider, settings, adapter)
+    folder = (folder / main_file).parent
+    return Model(genai, folder, provider, settings, adapter, has_tokenizer)
 
 
 def load_adapter(genai: Any, model: Any, path: Path) -> Any:

@@ -42,8 +42,9 @@ class Model:
     reused_tokens = None
 
     def __init__(
-        self, genai: Any, folder: Path, provider: str, settings: Settings, pinned: Mapping[str, str]
-    ) -> None:
+        self, genai: Any, folder: Path, provider: str, settings: Settings,
+        pinned: Mapping[str, str], has_tokenizer: bool,
+    ) -> None:  # fmt: skip
         self._genai = genai
         self.version = str(genai.get_version())
         self.provider = provider
@@ -59,7 +60,7 @@ class Model:
         except (RuntimeError, OSError, KeyError, ValueError) as error:
             raise Failure("model", f"{folder}: openvino-genai cannot load it: {error}") from None
         self._stop_ids = stored.stop_token_ids
-        self._tokenizer = self._pipeline.get_tokenizer()
+        self._tokenizer: Any = self._pipeline.get_tokenizer() if has_tokenizer else None
         self._producer: Producer[int] = Producer(PACKAGE)
 
     def encode(self, text: str) -> list[int]:
@@ -133,7 +134,9 @@ class SeeingModel:
 
     reused_tokens = 0
 
-    def __init__(self, openvino: Any, genai: Any, folder: Path, settings: Settings) -> None:
+    def __init__(
+        self, openvino: Any, genai: Any, folder: Path, settings: Settings, has_tokenizer: bool
+    ) -> None:
         self.version, self.provider = str(genai.get_version()), "cpu"
         check_offered(f"{PACKAGE} with pictures", settings, offer("cpu", switch=0))
         try:
@@ -141,7 +144,7 @@ class SeeingModel:
             properties = choose_properties("cpu", settings, None)
             self._sight = Sight(openvino, folder, PROVIDERS["cpu"], properties)
             stored = genai.GenerationConfig(str(folder / "generation_config.json"))
-            self._tokenizer = genai.Tokenizer(str(folder))
+            self._tokenizer: Any = genai.Tokenizer(str(folder)) if has_tokenizer else None
         except (RuntimeError, OSError, KeyError, ValueError) as error:
             raise Failure("model", f"{folder}: OpenVINO cannot load it: {error}") from None
         self._stop_ids = stored.stop_token_ids
@@ -173,7 +176,13 @@ def _take_likeliest(logits: Any) -> int:
 
 
 def spell(tokenizer: Any, tokens: Iterator[int]) -> Iterator[tuple[int, str]]:
-    """Pair each token with the text it adds; a character comes with its last token."""
+    """Pair each token with the text it adds; a character comes with its last token.
+
+    Without a tokenizer no text is added.
+    """
+    if tokenizer is None:
+        yield from ((token, "") for token in tokens)
+        return
     answer: list[int] = []
     printed = 0
     for token in tokens:
@@ -248,8 +257,9 @@ def _make_streamer(genai: Any, put: Put[int]) -> Any:
 
 
 def load(
-    folder: Path, main_file: str, provider: str, settings: Settings, **properties: str
-) -> Model | SeeingModel:
+    folder: Path, main_file: str, provider: str, settings: Settings, has_tokenizer: bool = True,
+    **properties: str,
+) -> Model | SeeingModel:  # fmt: skip
     """Load the folder of `main_file`; Failure when the provider's device is not there.
 
     `properties` go to the pipeline before all that the settings ask for.
@@ -261,8 +271,8 @@ def load(
     _check_provider(openvino.Core().available_devices, provider)
     folder = (folder / main_file).parent
     if main_file == f"{LANGUAGE}.xml":
-        return SeeingModel(openvino, genai, folder, settings)
-    return Model(genai, folder, provider, settings, properties)
+        return SeeingModel(openvino, genai, folder, settings, has_tokenizer)
+    return Model(genai, folder, provider, settings, properties, has_tokenizer)
 
 
 def _check_provider(devices: Sequence[str], asked: str) -> None:

@@ -1,0 +1,97 @@
+"""Which splitting of llama.cpp's is the source's, by token ids: a name alone proves little.
+
+The way that a pattern is known by is tried first, then every other one, on texts that tell ways
+apart. The first that gives all ids of the source is taken. Of Mistral's tekken, for one, the way
+of that name leaves marks apart, and another one does not. Where none does, the nearest is written,
+for llama.cpp needs a name.
+"""
+
+import hashlib
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.probes import PROBES
+from toolkit.checkpoint.tokenizer import encode, read_tokenizer
+from toolkit.formats.gguf.encoding import GgufTokenizer
+from toolkit.formats.gguf.splitting import WAYS
+from toolkit.formats.gguf.tokenizer import write_vocabulary
+from toolkit.formats.gguf.vocabulary import Vocabulary
+
+FRAGMENTS = (
+    "word", "Word", "WORD", "camelCase", "it's", "IT'S", "don't", "we'LL", "'s", "'", "1", "23",
+    "456", "7890", "12345678", "½", "٣", "é", "e\u0301", "ß", "नमस्ते", "สวัสดี", "漢字", "ひらがな",
+    "한국어", "привет", "x_y", "(", ")", "...", "!?", "$", "+=", "//", "\U0001f600", "\u2019", " ",
+    "  ", "    ", "\n", "\n\n", " \n", "\r\n", "\t", "\u3000",
+)  # fmt: skip
+MIXTURES, LONGEST = 150, 6
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The way that was chosen, and how many of the texts it encodes as the source does not."""
+
+    name: str
+    differing: int
+    texts: int
+
+
+_known: dict[str, Proof] = {}  # by the digest of tokenizer.json: it takes seconds
+
+
+def complete(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Vocabulary:
+    """The vocabulary with the name of a splitting, the nearest one where none is the source's."""
+    if not vocabulary.is_byte_level:
+        return vocabulary
+    return replace(vocabulary, splitting=prove(vocabulary, checkpoint).name)
+
+
+def prove(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:
+    """Try the ways of llama.cpp's: the first without a difference, or else the nearest."""
+    digest = hashlib.sha256((checkpoint.folder / "tokenizer.json").read_bytes()).hexdigest()
+    if digest not in _known:
+        _known[digest] = _search(vocabulary, checkpoint)
+    return _known[digest]
+
+
+def _search(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:
+    tokenizer, texts = read_tokenizer(checkpoint), [*PROBES, *_mix()]
+    expected = [encode(tokenizer, text) for text in texts]
+    names = list(dict.fromkeys((vocabulary.splitting or WAYS[0].name, *(w.name for w in WAYS))))
+    best = Proof(names[0], len(texts) + 1, len(texts))
+    with tempfile.TemporaryDirectory(prefix="phiship-tokenizer-") as scratch:
+        path = Path(scratch) / "model.gguf"
+        write_vocabulary(path, checkpoint, replace(vocabulary, splitting=best.name))
+        for name in names:
+            differing = _count_differing(path, name, texts, expected, best.differing)
+            if differing < best.differing:
+                best = Proof(name, differing, len(texts))
+            # Of what a normalizer changes every way has other ids.
+            if not best.differing or (vocabulary.splitting and tokenizer.normalizer):
+                break
+    return best
+
+
+def _count_differing(
+    path: Path, name: str, texts: list[str], expected: list[list[int]], most: int
+) -> int:
+    """Count texts with other ids, up to `most`: a way that is no better is of no interest."""
+    found, encoder = 0, GgufTokenizer(path, pre=name)
+    try:
+        for text, ids in zip(texts, expected, strict=True):
+            found += encoder.encode(text) != ids
+            if found >= most:
+                break
+    finally:
+        encoder.close()
+    return found
+
+
+def _mix() -> Iterator[str]:
+    """Seeded mixtures of what the patterns of published tokenizers treat differently."""
+    rng = random.Random(7)
+    for _ in range(MIXTURES):
+        yield "".join(rng.choices(FRAGMENTS, k=rng.randint(2, LONGEST)))
