@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from toolkit.artifact import Chat
+from toolkit.artifact import BUILD_TIME, Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.ranks import RANKS_FILE
 from toolkit.errors import CheckpointError
@@ -55,9 +55,6 @@ UNICODE_PROBES = (
 PROBES = PLAIN_PROBES + SPACE_PROBES + UNICODE_PROBES
 """Texts without special tokens; `list_probes` adds the checkpoint's own tokens and chats."""
 
-# What strftime_now says in chats while building, in seconds since 1970 (2025-01-01, noon): what is
-# built and compared must not depend on the day.
-BUILD_TIME = 1735732800.0
 SHOWN_IDS = 24
 HALF_CHARACTER = "\ufffd"
 UTF8_BYTES = 4  # of the longest character

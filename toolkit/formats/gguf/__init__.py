@@ -7,13 +7,20 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
 from toolkit.formats.gguf import header, layout, mix, reader
-from toolkit.formats.gguf.llamaedge import SCRIPT, write_script
-from toolkit.formats.gguf.ollama import MODELFILE, describe_model, write_modelfile
+from toolkit.formats.gguf.llamaedge import SCRIPT, choose_template, write_script
+from toolkit.formats.gguf.ollama import (
+    MODELFILE,
+    describe_chat,
+    describe_model,
+    has_phi3_turns,
+    write_modelfile,
+)
 from toolkit.formats.gguf.recipe import GgufRecipe
 from toolkit.formats.gguf.session import GgufSession
 from toolkit.formats.gguf.vocabulary import read_vocabulary
@@ -146,6 +153,20 @@ def write_rest(
     model = describe_model(checkpoint, tokens, context_length)
     write_text(folder / MODELFILE, write_modelfile(model))
     write_text(folder / SCRIPT, write_script(recipe.name, context_length))
+
+
+def write_chat(folder: Path, name: str, chat: Chat, context_length: int) -> tuple[str, ...]:
+    """Write the two again for a chat that is not written as Phi-3's."""
+    if has_phi3_turns(chat):
+        return ()
+    model, template = describe_chat(chat, context_length), choose_template(chat)
+    write_text(folder / MODELFILE, write_modelfile(model))
+    write_text(folder / SCRIPT, write_script(name, context_length, template))
+    notes = [f"LlamaEdge renders chats by its own template {template}, the nearest to the model's"]
+    if model.differences:
+        differ = ", ".join(model.differences)
+        notes.append(f"Ollama's Modelfile has the nearest Go template: {differ}")
+    return tuple(notes)
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.preprocessor import PREPROCESSOR_FILE
 from toolkit.decoder import Decoder, Special
@@ -133,6 +134,12 @@ def write_rest(
     checkpoint.write_tokenizer(folder)
     if decoder.vision:
         shutil.copyfile(checkpoint.folder / PREPROCESSOR_FILE, folder / PREPROCESSOR_FILE)
+
+
+def write_chat(folder: Path, name: str, chat: Chat, context_length: int) -> tuple[str, ...]:
+    """Nothing: no other program is told of the chat."""
+    del folder, name, chat, context_length
+    return ()
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError
@@ -198,6 +199,12 @@ def write_rest(
     generation = {**checkpoint.generation, "eos_token_id": list(checkpoint.stop_ids)}
     text = json.dumps(generation, indent=2) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def write_chat(folder: Path, name: str, chat: Chat, context_length: int) -> tuple[str, ...]:
+    """Nothing: no other program is told of the chat."""
+    del folder, name, chat, context_length
+    return ()
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
