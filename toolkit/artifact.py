@@ -15,6 +15,9 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 # What renders a template that is carried: older ones let templates out of the sandbox.
 REQUIREMENT = "jinja2>=3.1.6"
+# What strftime_now says in chats while building, in seconds since 1970 (2025-01-01, noon): what is
+# built and compared must not depend on the day.
+BUILD_TIME = 1735732800.0
 HASH_CHUNK_BYTES = 1 << 20
 # Which tokenizer answers: the engine's own, or the source's by the package of this name.
 ENGINE_TOKENIZER, SOURCE_TOKENIZER = "engine", "tokenizers"

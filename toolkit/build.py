@@ -239,6 +239,7 @@ def _finish(job: Job, staging: Staging, building: Building) -> Path:
             formats.get(plan.recipe.format).write_rest(
                 staging.folder, plan.recipe, plan.decoder, building.checkpoint, plan.context_length
             )
+            made = Made(notes=_write_chat(job, staging.folder))
     if job.tokenizer == SOURCE_TOKENIZER:
         content = building.checkpoint.tokenizer_contents()[TOKENIZER_FILE]
         (staging.folder / TOKENIZER_FILE).write_bytes(content)
@@ -252,6 +253,17 @@ def _finish(job: Job, staging: Staging, building: Building) -> Path:
         sealed = staging.publish(_describe(job, made, quality), building.console)
         step.measured = f"{len(sealed.files)} files, {format_bytes(sealed.size_bytes)}"
     return job.final
+
+
+def _write_chat(job: Job, folder: Path) -> tuple[str, ...]:
+    """Have the format tell other programs of the chat; returns what is to be known of it."""
+    notes = formats.get(job.plan.recipe.format).write_chat(
+        folder, job.name, job.chat, job.plan.context_length
+    )
+    if job.chat.template is None:
+        return notes
+    why = job.chat.template.why
+    return (f"the device renders the chat template with jinja2, for data cannot: {why}", *notes)
 
 
 def _export(job: Job, folder: Path, building: Building) -> Made:

@@ -7,6 +7,8 @@ Classes and methods are those of onnxruntime-genai (src/java, src/objectivec), o
 import json
 
 from toolkit.artifact import Manifest
+from toolkit.quality.chat import render
+from toolkit.quality.turns import FIRST
 
 HEAD = """\
 # {name} on {title}
@@ -19,6 +21,11 @@ A question becomes this text, and an answer ends at {stops}:
 ```
 {prompt}
 ```
+"""
+CARRIED = """\
+The model's chat template is more than text before and after a content. Chats of several turns, and
+system messages, have to be rendered with it: it is `chat.template.text` in `model/manifest.json`,
+in Jinja. What follows is right for one question.
 """
 KOTLIN = """
 ## In the app
@@ -140,13 +147,14 @@ def write_howto(manifest: Manifest, platform: str) -> str:
     else:
         body = KOTLIN if platform == "android" else SWIFT_ONNX
     chat = manifest.chat
-    before, after = chat.turns["user"]
-    after += chat.generation
+    before, _, after = render(chat, [("user", FIRST)]).partition(FIRST)
     note = (
         ""
         if manifest.quality.checked
         else "Sealed as unchecked: nobody compared it with its source.\n"
     )
+    if chat.template is not None:
+        note += CARRIED
     return (HEAD + body).format(
         name=manifest.name,
         title=TITLES[platform],

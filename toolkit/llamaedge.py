@@ -9,8 +9,7 @@ from toolkit.deploy import Push, deploy
 from toolkit.device import Device
 from toolkit.endpoint import Endpoint, chat
 from toolkit.errors import ArtifactError, RunnerError, SmokeError, UnreachableError
-from toolkit.formats.gguf.llamaedge import PROMPT_TEMPLATE, SCRIPT
-from toolkit.formats.gguf.ollama import has_phi3_turns
+from toolkit.formats.gguf.llamaedge import SCRIPT, choose_template
 from toolkit.remote import read_remote_manifest
 from toolkit.report import Report
 from toolkit.smoke import ANSWER_TIMEOUT_S, Answer, quote
@@ -28,22 +27,23 @@ def deploy_to_llamaedge(
 
     Raises what `deploy` raises; ArtifactError for an artifact without a start script.
     """
-    check_start(read_manifest(artifact))
+    check_start(artifact, read_manifest(artifact))
     deploy(artifact, device, console, replace(push, has_engine=True, ask=ask_there), report=report)
 
 
-def check_start(manifest: Manifest) -> None:
-    """Raise ArtifactError unless the artifact has LlamaEdge's start script, and Phi-3's turns."""
+def check_start(artifact: Path, manifest: Manifest) -> None:
+    """Raise ArtifactError unless the artifact has LlamaEdge's start script, for its own chat."""
     if not any(file.path == SCRIPT for file in manifest.files):
         raise ArtifactError(
             f"{manifest.name}: no {SCRIPT} in it; LlamaEdge runs GGUF artifacts of phiship's own",
             advice="build one with a recipe of the format gguf: phiship list",
         )
-    if not has_phi3_turns(manifest.chat):
+    template = choose_template(manifest.chat)
+    if f"--prompt-template {template} " not in (artifact / SCRIPT).read_text(encoding="utf-8"):
         raise ArtifactError(
-            f"{manifest.name}: its chat has turns of its own; LlamaEdge's {PROMPT_TEMPLATE} writes "
-            "Phi-3's",
-            advice="use --runtime ollama, or phiship's own",
+            f"{manifest.name}: its {SCRIPT} names another chat template than {template}, which is "
+            "the nearest to the model's",
+            advice="build the artifact again, or use --runtime ollama, or phiship's own",
         )
 
 

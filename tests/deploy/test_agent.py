@@ -314,6 +314,9 @@ def test_what_is_there_beside_an_engine() -> None:
     for module in ("json", "no_such_engine"):
         found = import_engine(module, companions=["pillow", "no-such-package", "huggingface-hub"])
         assert found["companions"] == ["pillow", "huggingface-hub"]
+    versions = ["jinja2>=3.1.6", "Jinja2>=2", "jinja2>=999.0", "no-such-package>=1"]
+    found = import_engine("json", companions=versions)
+    assert found["companions"] == versions[:2]
 
 
 def test_zipapp_is_small_and_the_same_every_time() -> None:
@@ -352,7 +355,9 @@ def test_sources_keep_to_the_oldest_python_and_to_themselves(path: Path) -> None
     # openvino_genai cannot be used without numpy and openvino, mlx_lm not without mlx.
     engines = {"onnxruntime_genai", "xllamacpp", "openvino_genai", "openvino", "numpy"}
     engines |= {"mlx_lm", "mlx"}
-    # Runtimes for artifacts that see bring Pillow, every engine's brings numpy.
-    pictures = {"PIL", "numpy"} if path.stem in ("images", "sight") else set()
-    allowed = sys.stdlib_module_names | (engines if path.parent.name == "engines" else pictures)
+    # Runtimes for artifacts that see bring Pillow, every engine's brings numpy; for those that
+    # carry a chat template jinja2.
+    pictures = {"PIL", "numpy"}
+    beside = {"images": pictures, "sight": pictures, "rendering": {"jinja2"}}.get(path.stem, set())
+    allowed = sys.stdlib_module_names | (engines if path.parent.name == "engines" else beside)
     assert roots <= allowed

@@ -202,6 +202,12 @@ def test_companions_that_an_artifact_asks_for(index: Index, tmp_path: Path) -> N
     without = collect(tmp_path)
     assert list_chosen(without) == ["engine 1.0"]
     assert with_it.id != without.id
+    for version in ("3.1.2", "3.1.6"):
+        make_wheel(index.folder, "jinja2", version, needs=["markupsafe"])
+    make_wheel(index.folder, "markupsafe")
+    needed = ("jinja2>=3.1.6",)
+    found = collect_wheels("engine", "1.0", make_facts(), tmp_path / "cache", companions=needed)
+    assert list_chosen(found) == ["engine 1.0", "jinja2 3.1.6", "markupsafe 1.0"]
 
 
 # --- keeping
@@ -387,3 +393,7 @@ def test_runtime_that_is_there() -> None:
     packages = {"onnxruntime-genai": "0.18.0", "pillow": "11.0.0"}
     assert find_fitting(install(packages=packages), seeing, facts) == "one"
     assert find_fitting(install(), seeing, facts) is None
+    rendering = make_runtime(companions=("jinja2>=3.1.6",))
+    for version, found in (("3.1.6", "one"), ("3.10", "one"), ("3.1.5", None)):
+        packages = {"onnxruntime-genai": "0.18.0", "jinja2": version}
+        assert find_fitting(install(packages=packages), rendering, facts) == found

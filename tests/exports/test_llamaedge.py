@@ -13,14 +13,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests import templates
 from tests.conftest import ROOT
 from tests.deploy.sealed import QUESTION, seal_noise
+from tests.exports.test_go_template import carry
 from toolkit.artifact import Smoke, read_manifest, write_manifest
 from toolkit.console import Console
 from toolkit.deploy import Push, roll_back
 from toolkit.device import Device
 from toolkit.errors import ArtifactError, RunnerError, SmokeError, UnreachableError
-from toolkit.formats.gguf.llamaedge import SCRIPT, write_script
+from toolkit.formats.gguf.llamaedge import SCRIPT, choose_template, write_script
 from toolkit.llamaedge import (
     ADDRESS_VARIABLE,
     SERVER_VARIABLE,
@@ -153,18 +155,31 @@ def test_script_that_cannot_start(
 
 
 def test_what_has_no_script(artifacts: dict[str, Path], tmp_path: Path) -> None:
-    check_start(read_manifest(artifacts["gguf"]))
+    check_start(artifacts["gguf"], read_manifest(artifacts["gguf"]))
     with pytest.raises(ArtifactError, match=r"no llamaedge\.sh in it"):
-        check_start(read_manifest(seal_noise(tmp_path / "noise")))
+        check_start(tmp_path, read_manifest(seal_noise(tmp_path / "noise")))
 
 
-def test_other_turns_than_those_of_llamaedge(artifacts: dict[str, Path]) -> None:
+def test_a_script_for_another_chat(artifacts: dict[str, Path]) -> None:
     manifest = read_manifest(artifacts["gguf"])
-    turns = {**manifest.chat.turns, "user": ("<|human|>", "<|end|>")}
+    turns = {**manifest.chat.turns, "user": ("<|im_start|>user\n", "<|im_end|>\n")}
     chat = msgspec.structs.replace(manifest.chat, turns=turns)
-    with pytest.raises(ArtifactError, match="turns of its own") as caught:
-        check_start(msgspec.structs.replace(manifest, chat=chat))
+    with pytest.raises(ArtifactError, match="names another chat template than chatml") as caught:
+        check_start(artifacts["gguf"], msgspec.structs.replace(manifest, chat=chat))
     assert "--runtime ollama" in caught.value.advice
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("chatml", "chatml"), ("phi-3", "phi-3-chat"), ("trimmed", "phi-3-chat"),
+        ("zephyr", "zephyr"), ("llama-2", "llama-2-chat"), ("llama-3.1", "llama-3-chat"),
+        ("mistral", "mistral-instruct"), ("gemma-3", "gemma-instruct"),
+        ("vicuna", "vicuna-1.1-chat"), ("openchat", "openchat"), ("alpaca", "chatml"),
+    ],
+)  # fmt: skip
+def test_the_nearest_of_its_templates(name: str, expected: str) -> None:
+    assert choose_template(carry(templates.read(name))) == expected
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -132,6 +132,16 @@ def test_what_an_artifact_needs_beside_its_engine(
     assert ("pip install pillow" in finding.advice) == (verdict == "refused")
 
 
+def test_jinja2_is_asked_for_in_words_that_a_shell_takes(noise: Manifest) -> None:
+    manifest = make_manifest(noise, f"{MODEL}-gguf-q4_0")
+    runtime = msgspec.structs.replace(manifest.runtime, companions=("jinja2>=3.1.6",))
+    manifest = msgspec.structs.replace(manifest, runtime=runtime)
+    facts = change(load_facts("pi-5"), engine=engine(importable=True, version="0.18.0"))
+    finding = find(facts, manifest, "engine", installs=False)
+    assert "jinja2>=3.1.6, which this artifact needs beside it, is missing" in finding.text
+    assert "-m pip install 'jinja2>=3.1.6'" in finding.advice
+
+
 def test_a_missing_engine_that_is_installed_with_this_push_is_no_obstacle(noise: Manifest) -> None:
     manifest = make_manifest(noise, f"{MODEL}-gguf-q4_0")
     missing = engine(is_installed=False, error="No module named 'xllamacpp'")

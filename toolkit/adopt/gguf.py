@@ -15,7 +15,7 @@ from toolkit.errors import ArtifactError, CheckpointError, UnsupportedError, req
 from toolkit.families.phi3 import NAMES
 from toolkit.formats.gguf import CACHE_BYTES, OVERHEAD_BYTES, find_valid_context
 from toolkit.formats.gguf.layout import DATA_FILE, source_names
-from toolkit.formats.gguf.llamaedge import SCRIPT, write_script
+from toolkit.formats.gguf.llamaedge import SCRIPT, choose_template, write_script
 from toolkit.formats.gguf.ollama import MODELFILE, describe_chat, write_modelfile
 from toolkit.formats.gguf.tokenizer import KNOWN_STOPS
 from toolkit.formats.gguf.vocabulary import TokenType
@@ -56,7 +56,7 @@ def inspect(given: Given) -> Found:
         notes=(*notes, *more),
         written={
             MODELFILE: write_modelfile(describe_chat(chat, context)),
-            SCRIPT: write_script(given.name, context),
+            SCRIPT: write_script(given.name, context, choose_template(chat)),
         },
     )
 

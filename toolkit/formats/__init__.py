@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 from numpy.typing import NDArray
 
+from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.lora import Adapter
 from toolkit.decoder import Decoder, Special
@@ -120,6 +121,11 @@ class Format(Protocol):
 
         UnsupportedError when the runtime cannot load it, MissingExtraError when it is not there.
         """
+
+    def write_chat(
+        self, folder: Path, name: str, chat: Chat, context_length: int
+    ) -> tuple[str, ...]:
+        """Write what programs with chat templates of their own are told; returns notes on it."""
 
     def dequantize(self, folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[Any]]]:
         """Read the artifact back with the format's own reader: (checkpoint name, float32)."""

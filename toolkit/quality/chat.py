@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from toolkit.artifact import Chat, Template
+from toolkit.artifact import BUILD_TIME, Chat, Template
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.templates import Source, read_source
 from toolkit.errors import CheckpointError, UnsupportedError
-from toolkit.quality.tokens import BUILD_TIME, read_tokenizer
+from toolkit.quality.tokens import read_tokenizer
 from toolkit.quality.turns import FIRST, SECOND, Messages, NotDataError, derive
 from toolkit.runner.chat import render_chat, strip_text
 from toolkit.runner.failure import Failure

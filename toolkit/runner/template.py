@@ -24,6 +24,8 @@ from .failure import Failure
 if TYPE_CHECKING:
     from .chat import Message
 
+# What decides where this Python finds its packages.
+FLAGS = {"-I": sys.flags.isolated, "-S": sys.flags.no_site}
 REQUIREMENT = "jinja2>=3.1.6"
 
 
@@ -95,6 +97,8 @@ class Renderer:
             process = self._find_process()
             self._await_ready(process)
             answer = self._ask(process, line)
+            if answer.get("bound") == "memory":
+                self._stop()  # a fresh process has all of it again
         if isinstance(rendered := answer.get("text"), str):
             return rendered
         raise self._explain(answer)
@@ -110,7 +114,7 @@ class Renderer:
         if self._process is None or self._process.poll() is not None:
             self._stop()
             source = pkgutil.get_data(__package__, "rendering.py") or b""
-            flags = ["-I"] if sys.flags.isolated else []
+            flags = [name for name, is_on in FLAGS.items() if is_on]
             command = [sys.executable, *flags, "-B", "-c", source.decode("utf-8")]
             self._process = subprocess.Popen(
                 [*command, str(self._limits.memory_bytes)],

@@ -12,6 +12,8 @@ from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.errors import ArtifactError
 from toolkit.formats.gguf.layout import DATA_FILE
+from toolkit.formats.gguf.nearest import END, START, Pairs, find_pairs
+from toolkit.formats.gguf.nearest import ROLES as PAIR_ROLES
 from toolkit.formats.gguf.stripping import texts_to_strip
 from toolkit.formats.gguf.vocabulary import Token
 from toolkit.runner.chat import strip_text
@@ -26,11 +28,15 @@ CONTEXT = re.compile(r"^PARAMETER num_ctx (\d+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class OllamaModel:
-    """A Go template over .Messages, the texts that end an answer, and the context in tokens."""
+    """A Go template over .Messages, the texts that end an answer, and the context in tokens.
+
+    `differences` are what the template does otherwise than the checkpoint's, for people.
+    """
 
     template: str
     stops: tuple[str, ...]
     context_length: int
+    differences: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -50,10 +56,13 @@ def describe_model(
 
 
 def describe_chat(chat: Chat, context_length: int) -> OllamaModel:
-    """The same of a manifest's chat, where there is no checkpoint; any turns will do."""
-    return OllamaModel(
-        _write_template(chat.turns, chat.generation), _list_stops(chat.stop_texts), context_length
-    )
+    """The same of a manifest's chat; of a template that is carried, the nearest Go template."""
+    stops = _list_stops(chat.stop_texts)
+    if chat.template is None:
+        template = _write_template(chat.turns, chat.generation)
+        return OllamaModel(template, stops, context_length)
+    pairs = find_pairs(chat)
+    return OllamaModel(_write_pairs(pairs), stops, context_length, pairs.differences)
 
 
 def has_phi3_turns(chat: Chat) -> bool:
@@ -72,6 +81,7 @@ def write_modelfile(model: OllamaModel) -> str:
     """The Modelfile's text, for a GGUF file that lies beside it."""
     lines = [
         f"FROM ./{DATA_FILE}",
+        *(f"# The nearest to the model's chat template: {one}." for one in model.differences),
         f'TEMPLATE """{model.template}"""',
         *(f'PARAMETER stop "{text}"' for text in model.stops),
         f"PARAMETER num_ctx {model.context_length}",
@@ -98,10 +108,42 @@ def _list_stops(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def _write_template(turns: Mapping[str, tuple[str, str]], generation: str) -> str:
-    """A branch for each role; what a role's turn begins with must not look like Go's actions."""
-    keyword = "if"
-    branches = []
-    for role, (before, after) in turns.items():
-        branches.append(f'{{{{ {keyword} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}')
+    """A branch for each role."""
+    branches = {
+        role: f"{_escape(before)}{{{{ .Content }}}}{_escape(after)}"
+        for role, (before, after) in turns.items()
+    }
+    return (
+        f"{{{{ range .Messages }}}}{_choose('.Role', branches)}{{{{ end }}}}{_escape(generation)}"
+    )
+
+
+def _write_pairs(pairs: Pairs) -> str:
+    """Branches for a message's role, and in each for the role before it."""
+
+    def write(role: str) -> str:
+        return _choose("$last", {a: _escape(pairs.find(a, role)) for a in (START, *PAIR_ROLES)})
+
+    branches = {role: write(role) for role in PAIR_ROLES}
+    return (
+        '{{ $last := "" }}{{ range .Messages }}'
+        f"{_choose('.Role', branches)}{{{{ .Content }}}}{{{{ $last = .Role }}}}{{{{ end }}}}"
+        f"{write(END)}"
+    )
+
+
+def _choose(value: str, branches: Mapping[str, str]) -> str:
+    """What stands for a value: the text itself where it is the same for all."""
+    if len(set(branches.values())) == 1:
+        return next(iter(branches.values()))
+    keyword, parts = "if", []
+    for name, text in branches.items():
+        parts.append(f'{{{{ {keyword} eq {value} "{name}" }}}}{text}')
         keyword = "else if"
-    return f"{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}{generation}"
+    return f"{''.join(parts)}{{{{ end }}}}"
+
+
+def _escape(text: str) -> str:
+    """A constant that looks neither like one of Go's actions nor like the end of a Modelfile's."""
+    text = text.replace("{{", '{{ "{{" }}')
+    return text.replace('"""', '{{ "\\"\\"\\"" }}')

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.preprocessor import PREPROCESSOR_FILE
 from toolkit.decoder import Decoder, Special
@@ -145,6 +146,12 @@ def write_tokenizer(folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: 
 def open_tokenizer(folder: Path) -> MlxTokenizer:
     """Open mlx-lm's tokenizer of a folder."""
     return MlxTokenizer(folder)
+
+
+def write_chat(folder: Path, name: str, chat: Chat, context_length: int) -> tuple[str, ...]:
+    """Nothing: no other program is told of the chat."""
+    del folder, name, chat, context_length
+    return ()
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import __version__
+from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.lora import find_adapter
 from toolkit.decoder import BlockSparse, Decoder, Special
@@ -220,6 +221,12 @@ def _write_model(path: Path, model: Any) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_chat(folder: Path, name: str, chat: Chat, context_length: int) -> tuple[str, ...]:
+    """Nothing: no other program is told of the chat."""
+    del folder, name, chat, context_length
+    return ()
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
 from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError, UnsupportedError
@@ -210,6 +211,12 @@ def write_tokenizer(folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: 
 def open_tokenizer(folder: Path) -> OpenvinoTokenizer:
     """Open openvino-genai's tokenizer of a folder."""
     return OpenvinoTokenizer(folder)
+
+
+def write_chat(folder: Path, name: str, chat: Chat, context_length: int) -> tuple[str, ...]:
+    """Nothing: no other program is told of the chat."""
+    del folder, name, chat, context_length
+    return ()
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
