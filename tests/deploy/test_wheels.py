@@ -210,6 +210,20 @@ def test_companions_that_an_artifact_asks_for(index: Index, tmp_path: Path) -> N
     assert list_chosen(found) == ["engine 1.0", "jinja2 3.1.6", "markupsafe 1.0"]
 
 
+def test_tokenizers_comes_without_what_it_downloads_with(index: Index, tmp_path: Path) -> None:
+    """Unless another package asks for that too."""
+    make_wheel(index.folder, "engine")
+    make_wheel(index.folder, "tokenizers", needs=["huggingface-hub"])
+    make_wheel(index.folder, "mlx_lm", needs=["tokenizers", "huggingface-hub"])
+    make_wheel(index.folder, "huggingface_hub")
+    found = collect_wheels(
+        "engine", "1.0", make_facts(), tmp_path / "cache", companions=("tokenizers",)
+    )
+    assert list_chosen(found) == ["engine 1.0", "tokenizers 1.0"]
+    found = collect_wheels("mlx-lm", "1.0", make_facts(system="Darwin"), tmp_path / "cache")
+    assert list_chosen(found) == ["huggingface-hub 1.0", "mlx-lm 1.0", "tokenizers 1.0"]
+
+
 # --- keeping
 
 

@@ -1,5 +1,7 @@
 """The probe texts and the comparison of token ids."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer
 
@@ -78,6 +80,16 @@ def test_a_damaged_tokenizer_is_named(tmp_path, checkpoint):
     (tmp_path / "tokenizer.json").write_text('{"model": 5}')
     with pytest.raises(CheckpointError, match=r"tokenizer.json: cannot be read"):
         tokens.read_tokenizer(checkpoint)
+
+
+def test_an_unknown_pre_tokenizer_is_named(tmp_path, checkpoint, example):
+    content = json.loads((example / "tokenizer.json").read_bytes())
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Abacus"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    checkpoint.folder = tmp_path
+    with pytest.raises(CheckpointError, match="cannot be read: pre_tokenizer 'Abacus'") as caught:
+        tokens.read_tokenizer(checkpoint)
+    assert "pip install --upgrade tokenizers" in caught.value.advice
 
 
 def test_ids_beyond_the_vocabulary_are_found(tmp_path, example):

@@ -16,6 +16,7 @@ from tests.bytelevel import make_tokenizer
 from tests.conftest import RECIPES
 from tests.deviating import write_deviating
 from tests.runner.models import QUESTION, answer, ask_ids
+from tests.serving.running import serving
 from toolkit import catalog
 from toolkit.artifact import read_manifest
 from toolkit.build import build_all, require_all
@@ -113,6 +114,15 @@ def test_what_is_streamed_is_the_text_of_the_ids(loaded: Loaded, built: Built) -
         assert len(whole) - len(text) <= 3  # an open character at the end
         count += len(ids)
     assert count > 16
+
+
+def test_the_server_streams_what_it_answers_in_one_piece(built: Built) -> None:
+    asked = {"prompt": f"{EMOJI} Once upon", "max_tokens": 24, "temperature": 1.5, "seed": 5}
+    with serving(built.folders["gguf"]) as server:
+        whole = server.ask("POST", "/v1/completions", asked)
+        streamed = server.ask("POST", "/v1/completions", {**asked, "stream": True})
+    assert streamed.streamed_text == whole.text
+    assert whole.json["usage"]["prompt_tokens"] == len(built.encode(asked["prompt"]))
 
 
 def test_the_program_says_which_tokenizer_answers(built: Built) -> None:

@@ -1,10 +1,16 @@
 """The source's own tokenizer: the ids that every artifact has to give."""
 
-from tokenizers import Tokenizer
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from tokenizers import Tokenizer, __version__
 
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.ranks import RANKS_FILE
 from toolkit.errors import CheckpointError
+
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -23,7 +29,27 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read: {_find_fault(path) or error}",
+            advice="if it is whole, a newer package may know it: pip install --upgrade tokenizers",
+        ) from error
+
+
+def _find_fault(path: Path) -> str:
+    """Which part of a tokenizer.json the package does not know; empty when that is not all."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return ""
+    for part in PARTS if isinstance(content, dict) else ():
+        with suppress(Exception):
+            Tokenizer.from_str(json.dumps({**content, part: None}))
+            steps = content[part].get("pretokenizers") or content[part].get("normalizers")
+            kinds = [step.get("type") for step in steps or [content[part]]]
+            return (
+                f"{part} {', '.join(map(repr, kinds))}: tokenizers {__version__} does not know it"
+            )
+    return ""
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
