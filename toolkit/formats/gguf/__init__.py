@@ -13,12 +13,7 @@ from toolkit.decoder import Decoder, Special
 from toolkit.errors import PlanError, UnsupportedError
 from toolkit.formats import RuntimeNeeds
 from toolkit.formats.gguf import header, layout, mix, reader
-<<<<<<< HEAD
 from toolkit.formats.gguf.encoding import GgufTokenizer
-from toolkit.formats.gguf.llamaedge import SCRIPT, write_script
-from toolkit.formats.gguf.ollama import MODELFILE, describe_model, write_modelfile
-from toolkit.formats.gguf.proving import complete, prove
-=======
 from toolkit.formats.gguf.llamaedge import SCRIPT, choose_template, write_script
 from toolkit.formats.gguf.ollama import (
     MODELFILE,
@@ -27,7 +22,7 @@ from toolkit.formats.gguf.ollama import (
     has_phi3_turns,
     write_modelfile,
 )
->>>>>>> templates
+from toolkit.formats.gguf.proving import complete, prove
 from toolkit.formats.gguf.recipe import GgufRecipe
 from toolkit.formats.gguf.session import GgufSession
 from toolkit.formats.gguf.tokenizer import write_vocabulary
@@ -163,7 +158,6 @@ def write_rest(
     write_text(folder / SCRIPT, write_script(recipe.name, context_length))
 
 
-<<<<<<< HEAD
 def write_tokenizer(folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint) -> None:
     """Write model.gguf with the vocabulary alone.
 
@@ -186,7 +180,8 @@ def write_tokenizer(folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: 
 def open_tokenizer(folder: Path) -> GgufTokenizer:
     """Open llama.cpp's tokenizer of model.gguf."""
     return GgufTokenizer(folder / layout.DATA_FILE)
-=======
+
+
 def write_chat(folder: Path, name: str, chat: Chat, context_length: int) -> tuple[str, ...]:
     """Write the two again for a chat that is not written as Phi-3's."""
     if has_phi3_turns(chat):
@@ -199,7 +194,6 @@ def write_chat(folder: Path, name: str, chat: Chat, context_length: int) -> tupl
         differ = ", ".join(model.differences)
         notes.append(f"Ollama's Modelfile has the nearest Go template: {differ}")
     return tuple(notes)
->>>>>>> templates
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
