@@ -1,0 +1,127 @@
+"""Does the runtime compute what the artifact says? Its logits beside those of its own weights.
+
+The reference forward reads the artifact's own tensors, so nothing remains but the runtime's
+arithmetic: how coarse the codes are does not show. Runtimes that can compute in float32 do so here.
+Those that round activations, as llama.cpp does, are held against a second reference forward that
+rounds them likewise: what rounding costs differs from model to model, what it costs more than that
+is a fault.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.decoder import Decoder
+from toolkit.quality import measures, reference
+from toolkit.quality.measures import Comparison, Estimate
+from toolkit.quality.reference import Array
+from toolkit.quality.weightonly import ArtifactWeights, Read
+
+Arithmetic = Literal["float32", "float16", "bfloat16", "int8"]
+
+# Mean KL of float32 that sums in another order: 1e-9 at most on any model that was measured.
+FLOAT_KL = 1e-6
+# Rounding is not the runtime's to the last bit: measured are 0.3 to 1.6 of what the reference has.
+SLACK = 4.0
+INT8_BLOCK, INT8_STEPS = 32, 127  # as ggml's Q8_0
+
+
+class Session(Protocol):
+    """What of a runtime is compared."""
+
+    arithmetic: Arithmetic
+
+    def exact_logits(self, ids: list[int]) -> NDArray[np.float32]:
+        """Logits after every position, in `arithmetic`: float32 [len(ids), vocabulary]."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The mean KL of the runtime from the artifact's own weights, and the most it may be."""
+
+    kl: Estimate
+    limit: float
+
+
+def compare_arithmetic(
+    session: Session, read: Read, decoder: Decoder, sequences: Sequence[list[int]]
+) -> Found:
+    """Compare logits on sequences of one length; ValueError names what cannot be compared."""
+    rounding = ROUNDINGS[session.arithmetic]
+    copies = 1 if rounding is None else 2
+    weights = RoundedWeights(ArtifactWeights(read, decoder), rounding)
+    states = reference.final_states_of(weights, decoder, list(sequences) * copies)
+    rows = states.reshape(-1, decoder.hidden)
+    logits = reference.project(weights, decoder, decoder.head_name, rows)
+    logits = logits.reshape(copies, len(sequences), -1, decoder.vocab)
+    runtime = [session.exact_logits(ids) for ids in sequences]
+    kl = _join(logits[0], runtime, sequences).summarize()["mean KL"]
+    if rounding is None:
+        return Found(kl, FLOAT_KL)
+    rounded = _join(logits[0], list(logits[1]), sequences).mean_kl
+    return Found(kl, FLOAT_KL + SLACK * rounded)
+
+
+class RoundedWeights:
+    """Weights whose inputs are rounded in the second half of the rows; None rounds nothing."""
+
+    def __init__(self, weights: ArtifactWeights, rounding: Callable[[Array], Array] | None) -> None:
+        self._weights, self._rounding = weights, rounding
+
+    def look_up(self, name: str, ids: Sequence[int]) -> Array:
+        """As the artifact's."""
+        return self._weights.look_up(name, ids)
+
+    def read(self, name: str) -> Array:
+        """As the artifact's."""
+        return self._weights.read(name)
+
+    def project(self, name: str, inputs: Array) -> Array:
+        """Multiply [n, in] with the matrix [out, in]: float32 [n, out]."""
+        if self._rounding:
+            half = len(inputs) // 2
+            inputs = np.concatenate([inputs[:half], self._rounding(inputs[half:])])
+        return self._weights.project(name, inputs)
+
+
+def round_to_int8(values: Array) -> Array:
+    """Round [n, columns] to 8 bits in blocks with one scale each."""
+    size = INT8_BLOCK if values.shape[1] % INT8_BLOCK == 0 else values.shape[1]
+    blocks = values.reshape(len(values), -1, size)
+    steps = np.abs(blocks).max(axis=2, keepdims=True) / INT8_STEPS
+    codes = np.divide(blocks, steps, out=np.zeros_like(blocks), where=steps > 0)
+    rounded: Array = (np.rint(codes) * steps).reshape(values.shape)
+    return rounded
+
+
+def round_to_float16(values: Array) -> Array:
+    """Round to float16, and back."""
+    return values.astype(np.float16).astype(np.float32)
+
+
+def round_to_bfloat16(values: Array) -> Array:
+    """Round to the nearest bfloat16, ties to even, and back."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded: Array = ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return rounded
+
+
+ROUNDINGS: Mapping[Arithmetic, Callable[[Array], Array] | None] = {
+    "float32": None,
+    "float16": round_to_float16,
+    "bfloat16": round_to_bfloat16,
+    "int8": round_to_int8,
+}
+
+
+def _join(own: Array, runtime: Sequence[Array], sequences: Sequence[list[int]]) -> Comparison:
+    """Compare logits of several sequences, in their order."""
+    return measures.join(
+        [
+            measures.compare_logits(one, other, ids)
+            for one, other, ids in zip(own, runtime, sequences, strict=True)
+        ]
+    )

@@ -1,0 +1,35 @@
+"""The tokens on which the gate compares logits: the ordinary chats, cut to one length."""
+
+from math import prod
+
+from toolkit.artifact import Chat
+from toolkit.checkpoint import Checkpoint
+from toolkit.decoder import Decoder
+from toolkit.quality import tokens
+from toolkit.quality.chat import render_turns
+from toolkit.quality.ordinary import CHATS
+
+MOST_LENGTH, LEAST_LENGTH = 96, 24  # tokens of a sequence
+# Weights times tokens of a forward pass: what two cores compute in some 12 seconds.
+WORK = 600_000_000_000
+
+
+def choose_length(decoder: Decoder) -> int:
+    """Tokens of each sequence: fewer of a large model, so that the gate takes at most a minute."""
+    weights = sum(map(prod, decoder.shapes().values()))
+    return max(LEAST_LENGTH, min(MOST_LENGTH, WORK // weights // len(CHATS)))
+
+
+def read_probe(
+    checkpoint: Checkpoint, chat: Chat, decoder: Decoder, context_length: int
+) -> list[list[int]]:
+    """Sequences of one length, each the beginning of another chat; special tokens included.
+
+    One place of the context stays free: runtimes want room for the token that would follow.
+    """
+    tokenizer = tokens.read_tokenizer(checkpoint)
+    start = [] if chat.bos_id is None else [chat.bos_id]
+    texts = [render_turns(chat, [("user", asked), ("assistant", said)]) for asked, said in CHATS]
+    ids = [start + tokens.encode(tokenizer, text) for text in texts]
+    length = min(choose_length(decoder), context_length - 1, *map(len, ids))
+    return [one[:length] for one in ids]
