@@ -46,32 +46,44 @@ def complete(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Vocabulary:
     """The vocabulary with the name of a splitting, the nearest one where none is the source's."""
     if not vocabulary.is_byte_level:
         return vocabulary
-    return replace(vocabulary, splitting=prove(vocabulary, checkpoint).name)
+    if _digest(checkpoint) not in _known:
+        with tempfile.TemporaryDirectory(prefix="phiship-tokenizer-") as scratch:
+            write_proven(Path(scratch) / "model.gguf", vocabulary, checkpoint)
+    return replace(vocabulary, splitting=_known[_digest(checkpoint)].name)
 
 
-def prove(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:
-    """Try the ways of llama.cpp's: the first without a difference, or else the nearest."""
-    digest = hashlib.sha256((checkpoint.folder / "tokenizer.json").read_bytes()).hexdigest()
-    if digest not in _known:
-        _known[digest] = _search(vocabulary, checkpoint)
-    return _known[digest]
+def write_proven(
+    path: Path, vocabulary: Vocabulary, checkpoint: Checkpoint, name: str = ""
+) -> Proof:
+    """Write a byte-level vocabulary alone with the name that is proven for it; `name` the model's.
+
+    Returns the first way of llama.cpp's without a difference, or else the nearest.
+    """
+    first = vocabulary.splitting or WAYS[0].name
+    write_vocabulary(path, checkpoint, replace(vocabulary, splitting=first), name)
+    proof = _known.get(_digest(checkpoint)) or _search(path, first, vocabulary, checkpoint)
+    _known[_digest(checkpoint)] = proof
+    if proof.name != first:
+        write_vocabulary(path, checkpoint, replace(vocabulary, splitting=proof.name), name)
+    return proof
 
 
-def _search(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:
+def _digest(checkpoint: Checkpoint) -> str:
+    return hashlib.sha256((checkpoint.folder / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def _search(path: Path, first: str, vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:
+    """Try every way on a file that has one of them."""
     tokenizer, texts = read_tokenizer(checkpoint), [*PROBES, *_mix()]
     expected = [encode(tokenizer, text) for text in texts]
-    names = list(dict.fromkeys((vocabulary.splitting or WAYS[0].name, *(w.name for w in WAYS))))
-    best = Proof(names[0], len(texts) + 1, len(texts))
-    with tempfile.TemporaryDirectory(prefix="phiship-tokenizer-") as scratch:
-        path = Path(scratch) / "model.gguf"
-        write_vocabulary(path, checkpoint, replace(vocabulary, splitting=best.name))
-        for name in names:
-            differing = _count_differing(path, name, texts, expected, best.differing)
-            if differing < best.differing:
-                best = Proof(name, differing, len(texts))
-            # Of what a normalizer changes every way has other ids.
-            if not best.differing or (vocabulary.splitting and tokenizer.normalizer):
-                break
+    best = Proof(first, len(texts) + 1, len(texts))
+    for name in dict.fromkeys((first, *(way.name for way in WAYS))):
+        differing = _count_differing(path, name, texts, expected, best.differing)
+        if differing < best.differing:
+            best = Proof(name, differing, len(texts))
+        # Of what a normalizer changes every way has other ids.
+        if not best.differing or (vocabulary.splitting and tokenizer.normalizer):
+            break
     return best
 
 
