@@ -9,7 +9,7 @@ for llama.cpp needs a name.
 import hashlib
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ FRAGMENTS = (
     "  ", "    ", "\n", "\n\n", " \n", "\r\n", "\t", "\u3000",
 )  # fmt: skip
 MIXTURES, LONGEST = 150, 6
+EVERY = 4  # of all texts: what every way is tried on
 
 
 @dataclass(frozen=True)
@@ -73,33 +74,31 @@ def _digest(checkpoint: Checkpoint) -> str:
 
 
 def _search(path: Path, first: str, vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:
-    """Try every way on a file that has one of them."""
-    tokenizer, texts = read_tokenizer(checkpoint), [*PROBES, *_mix()]
-    expected = [encode(tokenizer, text) for text in texts]
-    best = Proof(first, len(texts) + 1, len(texts))
-    for name in dict.fromkeys((first, *(way.name for way in WAYS))):
-        differing = _count_differing(path, name, texts, expected, best.differing)
+    """Try ways on a file that has the first: all on a few texts, on all texts those best there."""
+    tokenizer = read_tokenizer(checkpoint)
+    expected = {text: encode(tokenizer, text) for text in (*PROBES, *_mix())}
+    best = Proof(first, _count_differing(path, first, expected), len(expected))
+    # Of what a normalizer changes every way has other ids.
+    if not best.differing or (vocabulary.splitting and tokenizer.normalizer):
+        return best
+    few = dict(list(expected.items())[::EVERY])
+    counts = {way.name: _count_differing(path, way.name, few) for way in WAYS}
+    for name in (name for name, count in counts.items() if count == min(counts.values())):
+        differing = _count_differing(path, name, expected)
         if differing < best.differing:
-            best = Proof(name, differing, len(texts))
-        # Of what a normalizer changes every way has other ids.
-        if not best.differing or (vocabulary.splitting and tokenizer.normalizer):
+            best = Proof(name, differing, len(expected))
+        if not differing:
             break
     return best
 
 
-def _count_differing(
-    path: Path, name: str, texts: list[str], expected: list[list[int]], most: int
-) -> int:
-    """Count texts with other ids, up to `most`: a way that is no better is of no interest."""
-    found, encoder = 0, GgufTokenizer(path, pre=name)
+def _count_differing(path: Path, name: str, expected: Mapping[str, list[int]]) -> int:
+    """Count the texts of which a way has other ids."""
+    encoder = GgufTokenizer(path, pre=name)
     try:
-        for text, ids in zip(texts, expected, strict=True):
-            found += encoder.encode(text) != ids
-            if found >= most:
-                break
+        return sum(encoder.encode(text) != ids for text, ids in expected.items())
     finally:
         encoder.close()
-    return found
 
 
 def _mix() -> Iterator[str]:
