@@ -24,13 +24,11 @@ from toolkit.plan import Plan
 from toolkit.quality.chat import read_chat
 from toolkit.quality.picture import describe_vision
 from toolkit.quality.texts import Text, read_text
-from toolkit.quality.tokenizing import Compared, compare_runtime
+from toolkit.quality.tokenizing import TOKENIZER_MEMORY, Compared, compare_runtime
 from toolkit.recipe import Recipe
 from toolkit.report import Report
 
 CALIBRATION_LENGTH = 512  # tokens of a sequence: chats of usual length
-# Bytes in memory for each of a tokenizer.json: 43 MB at most with one of 3.5 MB (49,152 tokens).
-TOKENIZER_MEMORY = 13
 
 
 @dataclass(frozen=True)

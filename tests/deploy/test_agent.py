@@ -353,6 +353,8 @@ def test_sources_keep_to_the_oldest_python_and_to_themselves(path: Path) -> None
     engines = {"onnxruntime_genai", "xllamacpp", "openvino_genai", "openvino", "numpy"}
     engines |= {"mlx_lm", "mlx"}
     # Runtimes for artifacts that see bring Pillow, every engine's brings numpy.
-    pictures = {"PIL", "numpy"} if path.stem in ("images", "sight") else set()
-    allowed = sys.stdlib_module_names | (engines if path.parent.name == "engines" else pictures)
+    pictures = {"PIL", "numpy"}
+    companions = {"images": pictures, "sight": pictures, "tokenizing": {"tokenizers"}}
+    others = engines if path.parent.name == "engines" else companions.get(path.stem, set())
+    allowed = sys.stdlib_module_names | others
     assert roots <= allowed

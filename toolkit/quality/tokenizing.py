@@ -19,6 +19,8 @@ from toolkit.quality.tokens import Mismatch
 from toolkit.recipe import Recipe
 from toolkit.runner.tokenizing import SourceTokenizer
 
+# Bytes in memory for each of a tokenizer.json: 43 MB at most with one of 3.5 MB (49,152 tokens).
+TOKENIZER_MEMORY = 13
 Encode = Callable[[str], list[int]]
 
 
