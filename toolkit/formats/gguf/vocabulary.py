@@ -48,13 +48,15 @@ class Vocabulary:
     `kind` is tokenizer.ggml.model and `splitting` tokenizer.ggml.pre, empty where none is known for
     the source's pattern. The order of a SentencePiece BPE is in its tokens' scores, that of a
     byte-level BPE in the checkpoint's merges. `foreign` says what llama.cpp has no tokenizer for:
-    then the texts are right, and ids of a text are not to be had from it.
+    then the texts are right, and ids of a text are not to be had from it. `has_front` says that
+    a SentencePiece tokenizer puts a space in front of a text.
     """
 
     kind: str
     splitting: str
     tokens: tuple[Token, ...]
     foreign: str = ""
+    has_front: bool = True
 
     @property
     def is_byte_level(self) -> bool:
@@ -81,7 +83,17 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         foreign = "a SentencePiece model without bytes for what it lacks"
     kind = BYTE_LEVEL if byte_level else SENTENCEPIECE
     splitting = recognize(content) if byte_level else "default"
-    return Vocabulary(kind, splitting, tuple(tokens[i] for i in range(size)), foreign)
+    listed = tuple(tokens[token_id] for token_id in range(size))
+    return Vocabulary(kind, splitting, listed, foreign, not content or _has_front(content))
+
+
+def _has_front(content: dict[str, Any]) -> bool:
+    """True when a tokenizer.json puts a space in front, by a normalizer or its pre-tokenizer."""
+    normalizer, splitter = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
+    kinds = [step.get("type") for step in normalizer.get("normalizers", [normalizer])]
+    steps = splitter.get("pretokenizers", [splitter])
+    spaces = [step for step in steps if step.get("type") == "Metaspace"]
+    return "Prepend" in kinds or any(it.get("prepend_scheme") != "never" for it in spaces)
 
 
 def _find_foreign(content: dict[str, Any]) -> str:
