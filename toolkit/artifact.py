@@ -164,6 +164,15 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     companions: tuple[str, ...] = ()
     tokenizer: str = ENGINE_TOKENIZER
 
+    def warn_others(self) -> str:
+        """What to add where another program runs the artifact; empty when it has the source's ids.
+
+        Other programs take the engine's own tokenizer.
+        """
+        if self.tokenizer == ENGINE_TOKENIZER:
+            return ""
+        return "; its own tokenizer differs from the source's: see the manifest's notes"
+
     def tell_properties(self) -> str:
         """The properties, for people; empty where there are none."""
         return ", ".join(f"{key} {value}" for key, value in self.properties.items())

@@ -243,6 +243,7 @@ def _finish(job: Job, staging: Staging, building: Building) -> Path:
     if job.tokenizer == SOURCE_TOKENIZER:
         content = building.checkpoint.tokenizer_contents()[TOKENIZER_FILE]
         (staging.folder / TOKENIZER_FILE).write_bytes(content)
+        job = replace(job, tokenizer_bytes=len(content))
     gate = "gate" if options.check else "gate (token ids only)"
     with report.step(building.step_name(gate, job.name)) as step:
         quality = run_checks(
@@ -306,7 +307,7 @@ def _describe(job: Job, made: Made, quality: Quality) -> Manifest:
         ),
         context_length=plan.context_length,
         valid_context=(first, last if made.last_context is None else min(last, made.last_context)),
-        device_memory_bytes=plan.device_memory_bytes,
+        device_memory_bytes=job.device_memory_bytes,
         chat=job.chat,
         limits=recipe.check,
         smoke=recipe.smoke,

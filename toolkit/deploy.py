@@ -86,6 +86,8 @@ def deploy(
         _check_engine(release.manifest)
         size_bytes = release.manifest.size_bytes
         step.measured = f"{len(release.manifest.files)} files, {format_bytes(size_bytes)}"
+        if push.has_engine:
+            step.measured += release.manifest.runtime.warn_others()
     with _connect(device, push.carrier, size_bytes, report) as session:
         facts = _preflight(session, release.manifest, report, has_engine=push.has_engine)
         runtime = OWN_PROGRAM

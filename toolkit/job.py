@@ -24,7 +24,7 @@ from toolkit.plan import Plan
 from toolkit.quality.chat import read_chat
 from toolkit.quality.picture import describe_vision
 from toolkit.quality.texts import Text, read_text
-from toolkit.quality.tokenizing import Compared, compare_runtime
+from toolkit.quality.tokenizing import TOKENIZER_MEMORY, Compared, compare_runtime
 from toolkit.recipe import Recipe
 from toolkit.report import Report
 
@@ -49,6 +49,7 @@ class Job:
     """One artifact to be made of the checkpoint.
 
     `tokens` is how its engine's tokenizer compares with the source's; None until that is known.
+    `tokenizer_bytes` is the size of tokenizer.json, where it answers.
     """
 
     plan: Plan
@@ -58,6 +59,7 @@ class Job:
     text: Text | None = None
     vision: Vision | None = None
     tokens: Compared | None = None
+    tokenizer_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -80,6 +82,11 @@ class Job:
         """Packages that the artifact needs on a device beside its engine's."""
         own = (SOURCE_TOKENIZER,) if self.tokenizer == SOURCE_TOKENIZER else ()
         return (*self.plan.needs.companions, *self.chat.companions, *own)
+
+    @property
+    def device_memory_bytes(self) -> int:
+        """What running it takes, the source's tokenizer included."""
+        return self.plan.device_memory_bytes + TOKENIZER_MEMORY * self.tokenizer_bytes
 
     @property
     def notes(self) -> tuple[str, ...]:

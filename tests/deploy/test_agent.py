@@ -355,9 +355,10 @@ def test_sources_keep_to_the_oldest_python_and_to_themselves(path: Path) -> None
     # openvino_genai cannot be used without numpy and openvino, mlx_lm not without mlx.
     engines = {"onnxruntime_genai", "xllamacpp", "openvino_genai", "openvino", "numpy"}
     engines |= {"mlx_lm", "mlx"}
-    # Runtimes for artifacts that see bring Pillow, every engine's brings numpy; for those that
-    # carry a chat template jinja2.
+    # Runtimes for artifacts that see bring Pillow, every engine's brings numpy.
     pictures = {"PIL", "numpy"}
-    beside = {"images": pictures, "sight": pictures, "rendering": {"jinja2"}}.get(path.stem, set())
-    allowed = sys.stdlib_module_names | (engines if path.parent.name == "engines" else beside)
+    companions = {"images": pictures, "sight": pictures, "tokenizing": {"tokenizers"}}
+    companions["rendering"] = {"jinja2"}
+    others = engines if path.parent.name == "engines" else companions.get(path.stem, set())
+    allowed = sys.stdlib_module_names | others
     assert roots <= allowed

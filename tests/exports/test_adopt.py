@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import write_random_checkpoint
+from tests.deviating import write_deviating
 from tests.exports.elsewhere import (
     PUBLISHED,
     publish_onnx,
@@ -80,6 +81,24 @@ def test_what_is_compared_with_its_source_is_checked(
     values = [(one.name, one.value) for one in manifest.quality.measures]
     assert values == [(one.name, one.value) for one in original.quality.measures]
     assert manifest.source.digest == original.source.digest
+
+
+def test_another_tokenizer_than_the_sources_is_not_used(
+    artifacts: dict[str, Path], example: Path, tmp_path: Path
+) -> None:
+    checkpoint = write_deviating(example, tmp_path / "checkpoint")
+    source = strip(artifacts["onnx"], tmp_path / "source")
+    before = list_content(source)
+    folder = take(source, tmp_path / "out", checkpoint=str(checkpoint))
+    manifest = read_manifest(folder)
+    assert manifest.quality.checked
+    assert (manifest.runtime.tokenizer, manifest.runtime.companions) == (
+        "tokenizers",
+        ("tokenizers",),
+    )
+    expected = (checkpoint / "tokenizer.json").read_bytes()
+    assert (folder / "tokenizer.json").read_bytes() == expected
+    assert list_content(source) == before
 
 
 def test_what_is_not_its_source_is_refused(artifacts: dict[str, Path], tmp_path: Path) -> None:

@@ -93,6 +93,16 @@ def test_a_first_installation(folder: Path, ollama: OllamaServer, console: Conso
     assert not [path for path in state.folder.iterdir() if path.name.startswith("upload")]
 
 
+def test_a_tokenizer_that_differs_is_told(
+    changed: Path, ollama: OllamaServer, console: Console
+) -> None:
+    manifest = json.loads((changed / "manifest.json").read_text("utf-8"))
+    manifest["runtime"]["tokenizer"] = "tokenizers"
+    (changed / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    told = run(changed, ollama, console).steps[0].measured
+    assert told.endswith("; its own tokenizer differs from the source's: see the manifest's notes")
+
+
 def test_again_sends_and_creates_nothing(
     folder: Path, ollama: OllamaServer, console: Console
 ) -> None:

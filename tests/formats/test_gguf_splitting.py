@@ -97,7 +97,7 @@ def test_a_way_that_leaves_marks_apart_is_not_taken(base: Path, tmp_path: Path) 
     checkpoint = put_tokenizer(base, tmp_path / "source", content)
     found = vocabulary.read_vocabulary(checkpoint.folder, VOCAB)
     assert found.splitting == "tekken"
-    assert proving.prove(found, checkpoint).name == "granite-embed-multi-97m"
+    assert proving.complete(found, checkpoint).splitting == "granite-embed-multi-97m"
 
 
 def test_a_name_that_takes_words_whole_is_for_files_that_say_so() -> None:
@@ -110,7 +110,8 @@ def test_an_unknown_pattern_is_proven_by_its_ids(base: Path, tmp_path: Path) -> 
     content = train_tokenizer([split(r"\p{Nd}|\p{Nl}|\p{No}"), split(splitting.GPT2), BYTES])
     assert not splitting.recognize(content)
     checkpoint = put_tokenizer(base, tmp_path / "source", content)
-    proof = proving.prove(vocabulary.read_vocabulary(checkpoint.folder, VOCAB), checkpoint)
+    found = vocabulary.read_vocabulary(checkpoint.folder, VOCAB)
+    proof = proving.write_proven(tmp_path / "model.gguf", found, checkpoint)
     assert (proof.name, proof.differing) == ("smollm", 0)
     assert not compare(checkpoint).difference
 

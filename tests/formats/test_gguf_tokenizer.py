@@ -219,6 +219,10 @@ def test_unused_ids_are_padding(example: Path) -> None:
     [
         ({"type": "Unigram", "vocab": [["a", -1.5], ["b", -2.0]]}, "a Unigram tokenizer"),
         ({"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "a BPE neither over bytes"),
+        (
+            {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0, "b": 1}, "merges": []},
+            "a SentencePiece model without bytes",
+        ),
         ({"type": "WordLevel", "vocab": {"a": 0, "b": 1}}, "a WordLevel tokenizer"),
     ],
 )

@@ -70,6 +70,21 @@ def test_rare_texts_are_told_and_decide_nothing(example: Path) -> None:
     assert str(found).endswith("; 1 of 3 rare texts do")
 
 
+@pytest.mark.parametrize("scheme", ["", "never"])
+def test_a_space_in_front_is_told_to_llama_cpp(scheme: str, example: Path, tmp_path: Path) -> None:
+    """A normalizer does it in Phi-3; without it nothing, or Metaspace, which says whether."""
+    folder = tmp_path / "source"
+    shutil.copytree(example, folder, ignore=shutil.ignore_patterns("*.py", "tokenizer.model"))
+    content = json.loads((folder / "tokenizer.json").read_bytes())
+    prepend, *content["normalizer"]["normalizers"] = content["normalizer"]["normalizers"]
+    assert prepend["type"] == "Prepend"
+    if scheme:
+        metaspace = {"replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+        content |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", **metaspace}}
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert not compare("gguf", folder).difference
+
+
 # What people's tokenizers are made of beside Phi-3's, on the example's vocabulary.
 OTHERS: dict[str, dict[str, Any]] = {
     "Unigram": {},

@@ -20,13 +20,25 @@ import msgspec
 from toolkit import __version__, artifact, formats
 from toolkit.adopt import genie, gguf, mlx, onnx, openvino
 from toolkit.adopt.found import Found, Given
-from toolkit.artifact import Limits, Manifest, Quality, Runtime, Smoke, Source, make_safe
+from toolkit.artifact import (
+    SOURCE_TOKENIZER,
+    Limits,
+    Manifest,
+    Quality,
+    Runtime,
+    Smoke,
+    Source,
+    make_safe,
+)
+from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console, format_bytes
 from toolkit.errors import ArtifactError, CheckpointError, SettingsError, UnsupportedError
 from toolkit.families import read_decoder
 from toolkit.quality.chat import read_chat
 from toolkit.quality.gate import run_gate
+from toolkit.quality.tokenizing import TOKENIZER_MEMORY, Compared, choose_encode, compare_folder
 from toolkit.report import Report
+from toolkit.runner.tokenizing import FILE as TOKENIZER_FILE
 from toolkit.source import open_source
 from toolkit.staging import check_free_disk, stage
 
@@ -248,13 +260,20 @@ def _check(
         step.measured = str(checkpoint.folder)
     if found.format == "mlx" and found.valid_context[0] > 1:
         decoder = decoder.with_long_rope()
+    chat = read_chat(checkpoint)
+    with report.step("tokenizer") as step:
+        tokens = compare_folder(found.format, folder, decoder, checkpoint, chat)
+        step.measured = str(tokens)
+    if tokens.tokenizer == SOURCE_TOKENIZER:
+        manifest = _take_tokenizer(manifest, folder, checkpoint, tokens)
     with report.step("gate") as step:
         session = formats.get(found.format).open_session(folder)
         try:
             quality = run_gate(
-                session, checkpoint, decoder, read_chat(checkpoint), manifest.limits,
+                session, checkpoint, decoder, chat, manifest.limits,
                 check_logits=True, smoke=manifest.smoke, console=console,
                 context_length=found.context_length,
+                encode=choose_encode(tokens.tokenizer, folder, session.encode),
             )  # fmt: skip
         finally:
             session.close()
@@ -264,6 +283,26 @@ def _check(
     digest = checkpoint.fingerprint()
     source = Source(model=ADOPTED, revision=checkpoint.revision, digest=digest)
     return msgspec.structs.replace(manifest, quality=quality, source=source)
+
+
+def _take_tokenizer(
+    manifest: Manifest, folder: Path, checkpoint: Checkpoint, tokens: Compared
+) -> Manifest:
+    """Put the source's tokenizer.json into the folder; returns the manifest that says so."""
+    (folder / TOKENIZER_FILE).unlink(missing_ok=True)  # it may be a link to the original
+    content = checkpoint.tokenizer_contents()[TOKENIZER_FILE]
+    (folder / TOKENIZER_FILE).write_bytes(content)
+    runtime = msgspec.structs.replace(
+        manifest.runtime,
+        tokenizer=tokens.tokenizer,
+        companions=(*manifest.runtime.companions, SOURCE_TOKENIZER),
+    )
+    return msgspec.structs.replace(
+        manifest,
+        runtime=runtime,
+        device_memory_bytes=manifest.device_memory_bytes + TOKENIZER_MEMORY * len(content),
+        notes=(*manifest.notes, *tokens.notes),
+    )
 
 
 def _digest(files: Mapping[str, Path]) -> str:

@@ -92,7 +92,8 @@ def install(
     with report.step("check artifact") as step:
         release = prepare_release(artifact, push)
         model = read_model(artifact, release.manifest)
-        step.measured = format_bytes(release.manifest.size_bytes)
+        warning = release.manifest.runtime.warn_others()
+        step.measured = format_bytes(release.manifest.size_bytes) + warning
     ollama = Ollama(device, base_url, address or base_url)
     target = _connect(ollama, release.manifest, report)
     if push.dry_run:

@@ -22,7 +22,7 @@ from toolkit.formats.gguf.ollama import (
     has_phi3_turns,
     write_modelfile,
 )
-from toolkit.formats.gguf.proving import complete, prove
+from toolkit.formats.gguf.proving import write_proven
 from toolkit.formats.gguf.recipe import GgufRecipe
 from toolkit.formats.gguf.session import GgufSession
 from toolkit.formats.gguf.tokenizer import write_vocabulary
@@ -164,17 +164,18 @@ def write_tokenizer(folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: 
     UnsupportedError when llama.cpp has no such tokenizer, or no such splitting into words.
     """
     vocabulary = read_vocabulary(checkpoint.folder, decoder.vocab)
+    path = folder / layout.DATA_FILE
     if vocabulary.foreign:
         raise UnsupportedError(f"llama.cpp has no tokenizer for {vocabulary.foreign}")
-    if vocabulary.is_byte_level and not vocabulary.splitting:
-        proof = prove(vocabulary, checkpoint)
-        if proof.differing:
-            raise UnsupportedError(
-                "llama.cpp has no pre-tokenizer for this tokenizer.json; the nearest, "
-                f"{proof.name}, encodes {proof.differing} of {proof.texts} texts differently"
-            )
-    vocabulary = complete(vocabulary, checkpoint)
-    write_vocabulary(folder / layout.DATA_FILE, checkpoint, vocabulary, recipe.model)
+    if not vocabulary.is_byte_level:
+        write_vocabulary(path, checkpoint, vocabulary, recipe.model)
+        return
+    proof = write_proven(path, vocabulary, checkpoint, recipe.model)
+    if proof.differing and not vocabulary.splitting:
+        raise UnsupportedError(
+            "llama.cpp has no pre-tokenizer for this tokenizer.json; the nearest, "
+            f"{proof.name}, encodes {proof.differing} of {proof.texts} texts differently"
+        )
 
 
 def open_tokenizer(folder: Path) -> GgufTokenizer:

@@ -9,7 +9,7 @@ for llama.cpp needs a name.
 import hashlib
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ FRAGMENTS = (
     "  ", "    ", "\n", "\n\n", " \n", "\r\n", "\t", "\u3000",
 )  # fmt: skip
 MIXTURES, LONGEST = 150, 6
+EVERY = 4  # of all texts: what every way is tried on
 
 
 @dataclass(frozen=True)
@@ -46,48 +47,58 @@ def complete(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Vocabulary:
     """The vocabulary with the name of a splitting, the nearest one where none is the source's."""
     if not vocabulary.is_byte_level:
         return vocabulary
-    return replace(vocabulary, splitting=prove(vocabulary, checkpoint).name)
+    if _digest(checkpoint) not in _known:
+        with tempfile.TemporaryDirectory(prefix="phiship-tokenizer-") as scratch:
+            write_proven(Path(scratch) / "model.gguf", vocabulary, checkpoint)
+    return replace(vocabulary, splitting=_known[_digest(checkpoint)].name)
 
 
-def prove(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:
-    """Try the ways of llama.cpp's: the first without a difference, or else the nearest."""
-    digest = hashlib.sha256((checkpoint.folder / "tokenizer.json").read_bytes()).hexdigest()
-    if digest not in _known:
-        _known[digest] = _search(vocabulary, checkpoint)
-    return _known[digest]
+def write_proven(
+    path: Path, vocabulary: Vocabulary, checkpoint: Checkpoint, name: str = ""
+) -> Proof:
+    """Write a byte-level vocabulary alone with the name that is proven for it; `name` the model's.
+
+    Returns the first way of llama.cpp's without a difference, or else the nearest.
+    """
+    first = vocabulary.splitting or WAYS[0].name
+    write_vocabulary(path, checkpoint, replace(vocabulary, splitting=first), name)
+    proof = _known.get(_digest(checkpoint)) or _search(path, first, vocabulary, checkpoint)
+    _known[_digest(checkpoint)] = proof
+    if proof.name != first:
+        write_vocabulary(path, checkpoint, replace(vocabulary, splitting=proof.name), name)
+    return proof
 
 
-def _search(vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:
-    tokenizer, texts = read_tokenizer(checkpoint), [*PROBES, *_mix()]
-    expected = [encode(tokenizer, text) for text in texts]
-    names = list(dict.fromkeys((vocabulary.splitting or WAYS[0].name, *(w.name for w in WAYS))))
-    best = Proof(names[0], len(texts) + 1, len(texts))
-    with tempfile.TemporaryDirectory(prefix="phiship-tokenizer-") as scratch:
-        path = Path(scratch) / "model.gguf"
-        write_vocabulary(path, checkpoint, replace(vocabulary, splitting=best.name))
-        for name in names:
-            differing = _count_differing(path, name, texts, expected, best.differing)
-            if differing < best.differing:
-                best = Proof(name, differing, len(texts))
-            # Of what a normalizer changes every way has other ids.
-            if not best.differing or (vocabulary.splitting and tokenizer.normalizer):
-                break
+def _digest(checkpoint: Checkpoint) -> str:
+    return hashlib.sha256((checkpoint.folder / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def _search(path: Path, first: str, vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:
+    """Try ways on a file that has the first: all on a few texts, on all texts those best there."""
+    tokenizer = read_tokenizer(checkpoint)
+    expected = {text: encode(tokenizer, text) for text in (*PROBES, *_mix())}
+    best = Proof(first, _count_differing(path, first, expected), len(expected))
+    # Of what a normalizer changes every way has other ids.
+    if not best.differing or (vocabulary.splitting and tokenizer.normalizer):
+        return best
+    few = dict(list(expected.items())[::EVERY])
+    counts = {way.name: _count_differing(path, way.name, few) for way in WAYS}
+    for name in (name for name, count in counts.items() if count == min(counts.values())):
+        differing = _count_differing(path, name, expected)
+        if differing < best.differing:
+            best = Proof(name, differing, len(expected))
+        if not differing:
+            break
     return best
 
 
-def _count_differing(
-    path: Path, name: str, texts: list[str], expected: list[list[int]], most: int
-) -> int:
-    """Count texts with other ids, up to `most`: a way that is no better is of no interest."""
-    found, encoder = 0, GgufTokenizer(path, pre=name)
+def _count_differing(path: Path, name: str, expected: Mapping[str, list[int]]) -> int:
+    """Count the texts of which a way has other ids."""
+    encoder = GgufTokenizer(path, pre=name)
     try:
-        for text, ids in zip(texts, expected, strict=True):
-            found += encoder.encode(text) != ids
-            if found >= most:
-                break
+        return sum(encoder.encode(text) != ids for text, ids in expected.items())
     finally:
         encoder.close()
-    return found
 
 
 def _mix() -> Iterator[str]:

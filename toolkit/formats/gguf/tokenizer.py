@@ -37,6 +37,8 @@ def add_tokenizer(writer: Any, checkpoint: Checkpoint, vocabulary: Vocabulary) -
     writer.add_token_list([token.text for token in tokens])
     if not vocabulary.is_byte_level:
         writer.add_token_scores([token.score for token in tokens])
+        if not vocabulary.has_front:
+            writer.add_add_space_prefix(False)  # llama.cpp's default is what Phi-3 does
     writer.add_token_types([int(token.kind) for token in tokens])
     logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of Phi-3's own post-processor
     special = require("gguf").SpecialVocab(

@@ -5,6 +5,7 @@ checkpoint with tokenizer.json alone will do, since its merges carry the same or
 a byte-level BPE, which tokenizer.json alone holds.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -47,13 +48,15 @@ class Vocabulary:
     `kind` is tokenizer.ggml.model and `splitting` tokenizer.ggml.pre, empty where none is known for
     the source's pattern. The order of a SentencePiece BPE is in its tokens' scores, that of a
     byte-level BPE in the checkpoint's merges. `foreign` says what llama.cpp has no tokenizer for:
-    then the texts are right, and ids of a text are not to be had from it.
+    then the texts are right, and ids of a text are not to be had from it. `has_front` says that
+    a SentencePiece tokenizer puts a space in front of a text.
     """
 
     kind: str
     splitting: str
     tokens: tuple[Token, ...]
     foreign: str = ""
+    has_front: bool = True
 
     @property
     def is_byte_level(self) -> bool:
@@ -76,21 +79,34 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
             f"{folder}: the tokenizer has {tokens[last].text!r} with id {last}; "
             f"config.json says vocab_size {size}"
         )
+    if not byte_level and not foreign and not _has_bytes(tokens.values()):
+        foreign = "a SentencePiece model without bytes for what it lacks"
     kind = BYTE_LEVEL if byte_level else SENTENCEPIECE
     splitting = recognize(content) if byte_level else "default"
-    return Vocabulary(kind, splitting, tuple(tokens[i] for i in range(size)), foreign)
+    listed = tuple(tokens[token_id] for token_id in range(size))
+    return Vocabulary(kind, splitting, listed, foreign, not content or _has_front(content))
+
+
+def _has_front(content: dict[str, Any]) -> bool:
+    """True when a tokenizer.json puts a space in front, by a normalizer or its pre-tokenizer."""
+    normalizer, splitter = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
+    kinds = [step.get("type") for step in normalizer.get("normalizers", [normalizer])]
+    steps = splitter.get("pretokenizers", [splitter])
+    spaces = [step for step in steps if step.get("type") == "Metaspace"]
+    return "Prepend" in kinds or any(it.get("prepend_scheme") != "never" for it in spaces)
 
 
 def _find_foreign(content: dict[str, Any]) -> str:
     """What a tokenizer.json has that llama.cpp has no tokenizer for; empty for Phi-3's."""
     model = content.get("model", {})
-    kind, vocabulary = model.get("type"), model.get("vocab", {})
-    if kind != "BPE":
-        return f"a {kind} tokenizer"
-    bytes_of_text = (f"<0x{byte:02X}>" for byte in range(256))
-    if model.get("byte_fallback") and vocabulary.keys() >= set(bytes_of_text):
-        return ""
-    return "a BPE neither over bytes nor with bytes for what it lacks"
+    if model.get("type") != "BPE":
+        return f"a {model.get('type')} tokenizer"
+    return "" if model.get("byte_fallback") else "a BPE neither over bytes nor with bytes"
+
+
+def _has_bytes(tokens: Iterable[Token]) -> bool:
+    """True when each byte is a token: llama.cpp ends the process where it looks for one in vain."""
+    return {token.text for token in tokens} >= {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 def _padding(token_id: int) -> Token:
