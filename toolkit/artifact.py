@@ -96,14 +96,15 @@ class Smoke(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is demanded of the artifact against its source, on the gate's text and on `check`'s.
 
-    `max_kl` is the mean Kullback-Leibler divergence in nats per token, `min_top1` the share of
-    tokens (0 to 1) whose most likely next token is the same. Without a limit unless they are set:
-    `max_kl_99`, the divergence that 99 % of the tokens do not exceed, and `max_perplexity_ratio`,
-    the artifact's perplexity over the source's.
+    `max_kl` is the mean Kullback-Leibler divergence in nats per token; a recipe that leaves it out
+    has the one of its precision (quality/limits.py). Without a limit unless they are set:
+    `min_top1`, the share of tokens (0 to 1) whose most likely next token is the same, `max_kl_99`,
+    the divergence that 99 % of the tokens do not exceed, and `max_perplexity_ratio`, the artifact's
+    perplexity over the source's.
     """
 
-    max_kl: float = 0.1
-    min_top1: float = 0.85
+    max_kl: float | None = None
+    min_top1: float | None = None
     max_kl_99: float | None = None
     max_perplexity_ratio: float | None = None
 

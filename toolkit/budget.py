@@ -17,6 +17,7 @@ from toolkit.errors import PlanError
 from toolkit.families import read_decoder
 from toolkit.mixing import Mix, Mixture, Options, Steps
 from toolkit.overrides import overrides_of, path_of, resolve
+from toolkit.quality.gate import round_up
 from toolkit.recipe import Recipe
 from toolkit.report import Report
 
@@ -72,10 +73,11 @@ def fit_budget(
                 *counts,
             ]
         )
-    if mix.gate_kl > mix.recipe.check.max_kl:
+    most_kl = mixture.smallest.limits.max_kl or math.inf
+    if mix.gate_kl > most_kl:
         console.note(
             f"the gate may refuse it: predicted is a mean KL of {mix.gate_kl:.3g}, its limit "
-            f"{mix.recipe.check.max_kl:g}"
+            f"{most_kl:g}"
         )
     for kind, some in names.items():
         if kind != OWN_TYPE:
@@ -112,10 +114,11 @@ def reach(mixture: Mixture, limit: float) -> Mix:
     PlanError when the finest mix does not.
     """
     rounding_kl = ROUNDING_KL.get(mixture.recipe.format, 0.0)
-    if not 0 < limit <= mixture.recipe.check.max_kl:
+    most_kl = mixture.smallest.limits.max_kl or math.inf
+    if not 0 < limit <= most_kl:
         raise PlanError(
-            f"--max-kl: got {limit:g}; {mixture.recipe.name}: check.max_kl allows "
-            f"{mixture.recipe.check.max_kl:g} at most"
+            f"--max-kl: got {limit:g}; {mixture.recipe.name}: the limit of its precision, or its "
+            f"check.max_kl, allows {most_kl:g} at most"
         )
     target = wanted = max(limit * MARGIN - rounding_kl, limit / 2)
     fits, fails = 0.0, math.inf
@@ -153,12 +156,6 @@ def _finest(mixture: Mixture, limit: float, target: float, rounding_kl: float) -
             advice=f"give --max-kl {round_up(reachable)} or more",
         )
     return finest
-
-
-def round_up(value: float) -> str:
-    """Two digits that are no less."""
-    step = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return f"{math.ceil(value / step) * step:.2g}"
 
 
 def choose(

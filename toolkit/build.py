@@ -140,6 +140,8 @@ def _compare_made(job: Job, folder: Path, building: Building) -> Job:
 
 def _plan(recipe: Recipe, building: Building) -> Job:
     checkpoint, options = building.checkpoint, building.options
+    if options.accept_kl is not None:
+        recipe = recipe.with_limit(options.accept_kl)
     plan = make_plan(
         recipe, building.decoder, context_length=options.context_length, workers=options.workers,
         memory_bytes=options.memory_bytes, tokenizer_bytes=measure_tokenizer(checkpoint),
@@ -188,7 +190,7 @@ def _is_same(job: Job, options: Options) -> bool:
     if found and made == (job.plan.digest, job.source, _digest(job.calibration)):
         if not _has_same_vendor(found, job.plan.recipe):
             difference = "another version of the vendor's tools made it"
-        elif found.quality.checked and found.limits != job.plan.recipe.check:
+        elif found.quality.checked and found.limits != job.plan.limits:
             difference = "it was checked against other limits"
         elif found.quality.checked or not options.check:
             return True
@@ -309,7 +311,7 @@ def _describe(job: Job, made: Made, quality: Quality) -> Manifest:
         valid_context=(first, last if made.last_context is None else min(last, made.last_context)),
         device_memory_bytes=job.device_memory_bytes,
         chat=job.chat,
-        limits=recipe.check,
+        limits=plan.limits,
         smoke=recipe.smoke,
         quality=quality,
         files=(),

@@ -25,12 +25,14 @@ from toolkit.formats import Session
 from toolkit.plan import Plan, make_plan
 from toolkit.quality import agreement, comparing
 from toolkit.quality.details import Details, Range, make_details, read_details, write_details
+from toolkit.quality.folding import unfold
 from toolkit.quality.gate import FailedGateError, run_gate
 from toolkit.quality.measures import Comparison
 from toolkit.quality.showing import show_measures, show_ranges
 from toolkit.quality.texts import LEAST_TOKENS, Text, digest_ids, read_text
 from toolkit.quality.tokenizing import Encode, choose_encode, tell_tokenizer
 from toolkit.quality.tokens import read_tokenizer, split_text
+from toolkit.quality.weightonly import Read, open_reader
 from toolkit.recipe import Recipe
 from toolkit.report import Report, Step
 from toolkit.source import open_source
@@ -219,11 +221,12 @@ def _measure(reading: _Reading, report: Report, path: Path | None) -> Quality:
     opened, errors = reading.opened, list[PhishipError]()
     tokenizer = opened.manifest.runtime.tokenizer
     encode = choose_encode(tokenizer, opened.folder, reading.session.encode)
+    read = open_own_weights(opened.folder, opened.plan, opened.checkpoint)
     try:
         with report.step("gate") as step:
             quality = _run_gate(
                 reading.session, opened.plan, opened.checkpoint, opened.manifest.chat, True,
-                opened.console, step, encode, reading.compare,
+                opened.console, step, encode, read, reading.compare,
             )  # fmt: skip
     except FailedGateError as error:
         quality, error.advice = error.quality, UNTOUCHED
@@ -336,11 +339,24 @@ def run_checks(
     `tokenizer` is which one answers, as manifests say it.
     """
     session = _open_session(folder, plan)
+    read = open_own_weights(folder, plan, checkpoint)
     try:
         encode = choose_encode(tokenizer, folder, session.encode)
-        return _run_gate(session, plan, checkpoint, chat, check_logits, console, step, encode)
+        return _run_gate(session, plan, checkpoint, chat, check_logits, console, step, encode, read)
     finally:
         session.close()
+
+
+def open_own_weights(folder: Path, plan: Plan, checkpoint: Checkpoint) -> Read | None:
+    """The artifact's tensors as the source has them; None where its runtime computes otherwise.
+
+    llama.cpp's experts are others than the source's (docs/moe.md): only the distance is measured.
+    """
+    recipe, decoder = plan.recipe, plan.decoder
+    if decoder.experts and recipe.format == "gguf":
+        return None
+    read = open_reader(recipe.format, recipe.engine, folder, decoder)
+    return unfold(read, checkpoint, decoder) if recipe.quantization.equalize else read
 
 
 def _open_session(folder: Path, plan: Plan) -> Session:
@@ -349,17 +365,18 @@ def _open_session(folder: Path, plan: Plan) -> Session:
 
 def _run_gate(
     session: Session, plan: Plan, checkpoint: Checkpoint, chat: Chat, check_logits: bool,
-    console: Console, step: Step, encode: Encode, compare: Callable[[], Comparison] | None = None,
+    console: Console, step: Step, encode: Encode, read: Read | None,
+    compare: Callable[[], Comparison] | None = None,
 ) -> Quality:  # fmt: skip
     recipe = plan.recipe
     try:
         quality = run_gate(
-            session, checkpoint, plan.source_decoder, chat, recipe.check,
+            session, checkpoint, plan.source_decoder, chat, plan.limits,
             check_logits=check_logits, smoke=recipe.smoke, console=console,
             context_length=plan.context_length,
             # Unchecked, a vendor's artifact is what the vendor makes; parity says how it differs.
             check_tokens=check_logits or recipe.engine == "native",
-            compare=compare, encode=encode,
+            compare=compare, encode=encode, read=read,
         )  # fmt: skip
     except FailedGateError as error:
         _note(step, error.quality, console)

@@ -33,7 +33,10 @@ CALIBRATION_LENGTH = 512  # tokens of a sequence: chats of usual length
 
 @dataclass(frozen=True)
 class Options:
-    """How to build; what changes the artifact's bytes are `context_length` and `calibration`."""
+    """How to build; what changes the artifact's bytes are `context_length` and `calibration`.
+
+    `accept_kl` is the gate's limit on the mean KL, instead of the recipe's.
+    """
 
     context_length: int | None = None
     workers: int | None = None
@@ -42,6 +45,7 @@ class Options:
     replace: bool = False
     force_memory: bool = False
     calibration: Path | None = None
+    accept_kl: float | None = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from toolkit.plan import Plan, make_plan, measure_tokenizer
 from toolkit.quality import comparing, sensitivity, weightonly
 from toolkit.quality.chat import read_chat
 from toolkit.quality.comparing import Sequences
-from toolkit.quality.gate import probe_ids
+from toolkit.quality.probe import read_probe
 from toolkit.quality.rounding import read_rounded, round_trip
 from toolkit.quality.texts import read_text
 from toolkit.quantize.grids import is_choosable
@@ -160,14 +160,12 @@ class Mixture:
     def _texts(self) -> tuple[Sequences, Sequences]:
         """Sequences of one length: of the text for choosing, and of the gate's."""
         chat = read_chat(self.checkpoint, sees=self.decoder.vision is not None)
-        probe = probe_ids(self.checkpoint, chat, self.smallest.context_length)
+        probe = read_probe(self.checkpoint, chat, self.decoder, self.smallest.context_length)
         own = read_text(
             self.checkpoint, chat, "calibration", path=self.text, tokens=PREDICTION_TOKENS,
-            length=min(LENGTH, len(probe)),
+            length=min(LENGTH, len(probe[0])),
         )  # fmt: skip
-        length = own.length
-        starts = range(0, len(probe) - length + 1, length)
-        return own.sequences, [probe[start : start + length] for start in starts]
+        return own.sequences, [ids[: own.length] for ids in probe]
 
     def _gain(self, name: str, encoder: Encoder) -> float:
         """What the recipe's method leaves of a matrix's cost; an embedding is looked up only."""

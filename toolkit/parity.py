@@ -22,8 +22,8 @@ from toolkit.formats import Session
 from toolkit.plan import make_plan
 from toolkit.quality import tokens
 from toolkit.quality.comparing import read_source
-from toolkit.quality.gate import probe_ids
-from toolkit.quality.measures import Comparison, compare_logits
+from toolkit.quality.measures import Comparison, compare_sequences
+from toolkit.quality.probe import read_probe
 from toolkit.recipe import Recipe
 from toolkit.source import bind_recipe, open_source
 from toolkit.vendor import Command
@@ -187,13 +187,15 @@ def _compare_logits(
     manifests = {engine: artifact.read_manifest(folders[engine]) for engine in ENGINES}
     length = min(manifest.valid_context[1] for manifest in manifests.values())
     chat, tokenizer = manifests["vendor"].chat, tokens.read_tokenizer(checkpoint)
-    ids, probes = probe_ids(checkpoint, chat, length), tokens.list_probes(tokenizer, chat)
-    source = read_source(checkpoint, decoder, [ids], console).logits(0, slice(None))
+    probe = read_probe(checkpoint, chat, decoder, length)
+    probes = tokens.list_probes(tokenizer, chat)
+    read = read_source(checkpoint, decoder, probe, console)
+    source = [read.logits(text, slice(None)) for text in range(len(probe))]
     logits, mismatches = {}, {}
     for engine in ENGINES:  # one at a time, for either may fill the memory
         session: Session = formats.get(recipe.format).open_session(folders[engine])
         try:
-            logits[engine] = session.logits(ids)
+            logits[engine] = [session.logits(ids) for ids in probe]
             mismatches[engine] = tokens.compare_ids(
                 partial(tokens.encode, tokenizer), session.encode, probes
             )
@@ -204,11 +206,11 @@ def _compare_logits(
     sides = tuple(
         Side(
             engine, costs[engine], manifests[engine].size_bytes,
-            compare_logits(source, logits[engine], ids), len(mismatches[engine]), len(probes),
+            compare_sequences(source, logits[engine], probe), len(mismatches[engine]), len(probes),
         )
         for engine in ENGINES
     )  # fmt: skip
-    return sides, compare_logits(logits["vendor"], logits["native"], ids)
+    return sides, compare_sequences(logits["vendor"], logits["native"], probe)
 
 
 def _show(title: str, parity: Parity, console: Console) -> None:

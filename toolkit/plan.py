@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from toolkit import __version__, catalog, formats
+from toolkit.artifact import Limits
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.lora import Adapter
 from toolkit.console import format_bytes
 from toolkit.decoder import Decoder
 from toolkit.errors import PhishipError, PlanError
 from toolkit.formats import RuntimeNeeds
+from toolkit.quality.limits import fill_limits
 from toolkit.quantize.grids import MOST_BITS, is_choosable
 from toolkit.recipe import Recipe
 from toolkit.stream import DataFile
@@ -52,6 +54,11 @@ class Plan:
     def artifact_bytes(self) -> int:
         """Size of the artifact: exact for the weights, rounded up for the small files."""
         return self.data.size_bytes + self.adapter_bytes + self.rest_bytes
+
+    @property
+    def limits(self) -> Limits:
+        """What the gate demands: the recipe's limits, and its precision's where it sets none."""
+        return fill_limits(self.recipe.check, self.data)
 
     @property
     def weight_bytes(self) -> int:

@@ -71,6 +71,11 @@ class Recipe(
         """The same recipe, made by another engine."""
         return msgspec.structs.replace(self, engine=engine)
 
+    def with_limit(self, max_kl: float) -> "Recipe":
+        """The same recipe, with another limit on the mean KL from the source."""
+        check = msgspec.structs.replace(self.check, max_kl=max_kl)
+        return msgspec.structs.replace(self, check=check)
+
     def with_adapter_apart(self) -> "Recipe":
         """The same recipe, with its adapter in a file of its own."""
         return msgspec.structs.replace(self, adapter_apart=True)

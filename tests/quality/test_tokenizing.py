@@ -1,7 +1,6 @@
 """Which tokenizer answers: the engines' own beside the source's, before there are any weights."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,6 @@ def compare(kind: str, folder: Path, chat: Chat | None = None) -> Compared:
     checkpoint, recipe = Checkpoint.open(folder), catalog.load_recipe(RECIPES[kind])
     decoder = read_decoder(checkpoint.config)
     return compare_runtime(recipe, decoder, checkpoint, chat or read_chat(checkpoint))
-
-
-@pytest.fixture(scope="module")
-def real_lm() -> Path:
-    """The real language model: the folder that PHISHIP_TEST_REAL_LM names."""
-    folder = os.environ.get("PHISHIP_TEST_REAL_LM")
-    if not folder:
-        pytest.skip("PHISHIP_TEST_REAL_LM names no folder with the real language model")
-    return Path(folder)
 
 
 @pytest.mark.parametrize("kind", RECIPES)

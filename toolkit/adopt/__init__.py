@@ -36,6 +36,7 @@ from toolkit.errors import ArtifactError, CheckpointError, SettingsError, Unsupp
 from toolkit.families import read_decoder
 from toolkit.quality.chat import read_chat
 from toolkit.quality.gate import run_gate
+from toolkit.quality.limits import choose_limit
 from toolkit.quality.tokenizing import TOKENIZER_MEMORY, Compared, choose_encode, compare_folder
 from toolkit.report import Report
 from toolkit.runner.tokenizing import FILE as TOKENIZER_FILE
@@ -235,7 +236,7 @@ def _describe(name: str, found: Found, smoke: Smoke) -> Manifest:
         valid_context=found.valid_context,
         device_memory_bytes=found.device_memory_bytes,
         chat=found.chat,
-        limits=Limits(),
+        limits=Limits(max_kl=choose_limit(0)),  # nothing says how many bits it has
         smoke=smoke,
         quality=Quality(checked=False, runtime="none: it was adopted"),
         files=(),

@@ -8,6 +8,7 @@ import click
 from toolkit.cli.options import (
     OrderedGroup,
     Size,
+    accept_option,
     adapter_option,
     apart_option,
     calibration_option,
@@ -87,6 +88,7 @@ def plan_command(
 @memory_option
 @context_option
 @check_option
+@accept_option
 @method_option
 @equalize_option
 @calibration_option
@@ -112,6 +114,7 @@ def build_command(
     recipe: str | None, build_all_of: bool, kinds: tuple[str, ...], checkpoint: str,
     adapter: Path | None, adapter_apart: bool, out: Path,
     workers: int | None, memory: int | None, context: int | None, check: bool,
+    accept_kl: float | None,
     method: Literal["rtn", "gptq"] | None, equalize: bool | None, calibration: Path | None,
     replace: bool,
     engine: Literal["native", "vendor"] | None, force_memory: bool, max_size: int | None,
@@ -138,7 +141,7 @@ def build_command(
     console = Console(as_json=as_json)
     options = Options(
         context_length=context, workers=workers, memory_bytes=memory, check=check, replace=replace,
-        force_memory=force_memory, calibration=calibration,
+        force_memory=force_memory, calibration=calibration, accept_kl=accept_kl,
     )  # fmt: skip
     recipes = [catalog.load_recipe(recipe)] if recipe else []
     report = Report(f"build {recipes[0].name if recipes else 'all recipes'}")

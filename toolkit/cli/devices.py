@@ -6,6 +6,7 @@ import click
 
 from toolkit.cli.options import (
     Size,
+    accept_option,
     adapter_option,
     context_option,
     devices_option,
@@ -50,14 +51,16 @@ ollama_option = click.option(
 @out_option
 @context_option
 @workers_option
+@accept_option
 @carrier_option
 @rate_option
 @devices_option
 @json_option
 def ship_command(
     checkpoint: str, device: str, recipe: str | None, adapter: Path | None, prompt: str | None,
-    expect: str | None, out: Path, context: int | None, workers: int | None, carrier: Carrier,
-    limit_rate: int | None, devices: Path | None, as_json: bool,
+    expect: str | None, out: Path, context: int | None, workers: int | None,
+    accept_kl: float | None, carrier: Carrier, limit_rate: int | None, devices: Path | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Probe the device, choose a recipe, build, check, push, and ask it a question there."""
     from toolkit.build import raise_on_sigterm
@@ -71,7 +74,7 @@ def ship_command(
     with rendering(console, report):
         ship(
             checkpoint, device, console, report, out=out, recipe_name=recipe,
-            options=Options(context_length=context, workers=workers),
+            options=Options(context_length=context, workers=workers, accept_kl=accept_kl),
             push=Push(smoke=read_smoke(prompt, expect), carrier=carrier, bytes_per_s=limit_rate),
             devices_file=devices, adapter=adapter,
         )  # fmt: skip

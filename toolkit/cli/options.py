@@ -79,6 +79,10 @@ devices_option = click.option(
 prompt_option = click.option(
     "--prompt", help="Question of the smoke test, instead of the recipe's."
 )
+accept_option = click.option(
+    "--accept-kl", type=click.FloatRange(0, min_open=True),
+    help="Publish up to this mean KL from the source, instead of the precision's limit.",
+)  # fmt: skip
 expect_option = click.option("--expect", help="Text that the answer must contain.")
 
 temperature_option = click.option(

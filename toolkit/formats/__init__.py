@@ -2,12 +2,13 @@
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.artifact import Chat
@@ -55,8 +56,17 @@ class Encoder(Protocol):
         """Free it."""
 
 
+# How a runtime computes where it is asked to be exact: in float32, or with activations rounded.
+Arithmetic = Literal["float32", "float16", "bfloat16", "int8"]
+
+
 class Session(Encoder, Protocol):
     """An artifact open in its own runtime, on this machine."""
+
+    arithmetic: Arithmetic
+
+    def exact_logits(self, texts: Sequence[list[int]]) -> list[NDArray[np.float32]]:
+        """As `logits` of each text, computed in `arithmetic`, as slow as that may be."""
 
     def logits(self, ids: list[int]) -> NDArray[Any]:
         """float32 [len(ids), vocabulary]: the logits after every position."""

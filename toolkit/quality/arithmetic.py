@@ -9,33 +9,21 @@ is a fault.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from toolkit.decoder import Decoder
+from toolkit.formats import Arithmetic, Session
 from toolkit.quality import measures, reference
-from toolkit.quality.measures import Comparison, Estimate
+from toolkit.quality.measures import Estimate
 from toolkit.quality.reference import Array
 from toolkit.quality.weightonly import ArtifactWeights, Read
-
-Arithmetic = Literal["float32", "float16", "bfloat16", "int8"]
 
 # Mean KL of float32 that sums in another order: 1e-9 at most on any model that was measured.
 FLOAT_KL = 1e-6
 # Rounding is not the runtime's to the last bit: measured are 0.3 to 1.6 of what the reference has.
 SLACK = 4.0
 INT8_BLOCK, INT8_STEPS = 32, 127  # as ggml's Q8_0
-
-
-class Session(Protocol):
-    """What of a runtime is compared."""
-
-    arithmetic: Arithmetic
-
-    def exact_logits(self, ids: list[int]) -> NDArray[np.float32]:
-        """Logits after every position, in `arithmetic`: float32 [len(ids), vocabulary]."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +45,12 @@ def compare_arithmetic(
     rows = states.reshape(-1, decoder.hidden)
     logits = reference.project(weights, decoder, decoder.head_name, rows)
     logits = logits.reshape(copies, len(sequences), -1, decoder.vocab)
-    runtime = [session.exact_logits(ids) for ids in sequences]
-    kl = _join(logits[0], runtime, sequences).summarize()["mean KL"]
+    runtime = session.exact_logits(sequences)
+    compared = measures.compare_sequences(logits[0], runtime, sequences)
+    kl = compared.summarize()["mean KL"]
     if rounding is None:
         return Found(kl, FLOAT_KL)
-    rounded = _join(logits[0], list(logits[1]), sequences).mean_kl
+    rounded = measures.compare_sequences(logits[0], logits[1], sequences).mean_kl
     return Found(kl, FLOAT_KL + SLACK * rounded)
 
 
@@ -115,13 +104,3 @@ ROUNDINGS: Mapping[Arithmetic, Callable[[Array], Array] | None] = {
     "bfloat16": round_to_bfloat16,
     "int8": round_to_int8,
 }
-
-
-def _join(own: Array, runtime: Sequence[Array], sequences: Sequence[list[int]]) -> Comparison:
-    """Compare logits of several sequences, in their order."""
-    return measures.join(
-        [
-            measures.compare_logits(one, other, ids)
-            for one, other, ids in zip(own, runtime, sequences, strict=True)
-        ]
-    )

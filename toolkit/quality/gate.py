@@ -1,9 +1,6 @@
 """The gate: what an artifact must show, in its own runtime, before it is published."""
 
-import codecs
-import contextlib
-import importlib
-import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,13 +14,22 @@ from toolkit.errors import GateError
 from toolkit.formats import Session
 from toolkit.quality import chat as chats
 from toolkit.quality import comparing, picture, tokenizing, tokens
+from toolkit.quality.arithmetic import compare_arithmetic
 from toolkit.quality.measures import Comparison
+from toolkit.quality.ordinary import CHATS
+from toolkit.quality.probe import read_probe
+from toolkit.quality.stored import Watch
+from toolkit.quality.weightonly import Read
 
-PROBE_QUESTION = "Recite the Zen of Python."
-PROBE_TOKENS = 256
+EXACT_SEQUENCES = 2  # of the probe, on which the runtime's arithmetic is compared
 PICTURE = "picture: "
 SHORT = ("max KL", "perplexity ratio")  # of a picture beside what has a limit
 NOT_PUBLISHED = "nothing was published"
+WRONG = "nothing was published: the artifact is wrong, not coarse; please report it"
+TOO_FAR = (
+    "nothing was published; choose better codes (--method gptq) or more bits, or accept the "
+    "distance: --accept-kl {}"
+)
 
 
 class FailedGateError(GateError):
@@ -63,9 +69,13 @@ class _Gate:
         measured = tuple(self.measured)
         return Quality(checked=checked, runtime=self.session.runtime, measures=measured)
 
-    def fail(self, sentence: str) -> FailedGateError:
+    def fail(self, sentence: str, advice: str = NOT_PUBLISHED) -> FailedGateError:
         """The error for a missed limit, with the measures so far."""
-        return FailedGateError(sentence, self.quality(checked=False))
+        return FailedGateError(sentence, self.quality(checked=False), advice=advice)
+
+    def read_probe(self) -> list[list[int]]:
+        """The sequences of the gate's text."""
+        return read_probe(self.checkpoint, self.chat, self.decoder, self.context_length)
 
 
 def run_gate(
@@ -82,8 +92,12 @@ def run_gate(
     check_tokens: bool = True,
     compare: Callable[[], Comparison] | None = None,
     encode: Callable[[str], list[int]] | None = None,
+    read: Read | None = None,
 ) -> Quality:
     """Measure an artifact against its source; FailedGateError on the first limit it misses.
+
+    First whether it is correct: `read` yields the artifact's own tensors, which have to be the
+    checkpoint's and to give the runtime's logits; None leaves that out. Then how near it is.
 
     With `check_logits` False the logits and the smoke question are left out, and the result says
     `checked=False`; token ids are compared all the same, unless `check_tokens` is False too.
@@ -97,6 +111,8 @@ def run_gate(
             _check_tokens(gate, encode or session.encode)
         _check_stops(gate)
         if check_logits:
+            if read:
+                _check_correctness(gate, read)
             _check_logits(gate, limits, compare or partial(_compare_probe, gate, console))
             if decoder.vision:
                 _check_logits(gate, limits, partial(_compare_picture, gate, console), PICTURE)
@@ -105,26 +121,6 @@ def run_gate(
     except RuntimeError as error:  # what native runtimes raise
         raise gate.fail(f"{session.runtime} failed: {error}") from error
     return gate.quality(checked=check_logits)
-
-
-def probe_ids(checkpoint: Checkpoint, chat: Chat, context_length: int) -> list[int]:
-    """The text on which logits are compared: a chat that quotes the Zen of Python, tokenized.
-
-    At most PROBE_TOKENS ids. One place of the context stays free: runtimes want room for the token
-    that would follow.
-    """
-    turns = [("user", PROBE_QUESTION), ("assistant", read_zen())]
-    tokenizer = tokens.read_tokenizer(checkpoint)
-    ids = tokens.encode(tokenizer, chats.render_turns(chat, turns))
-    start = [] if chat.bos_id is None else [chat.bos_id]
-    return (start + ids)[: min(PROBE_TOKENS, context_length - 1)]
-
-
-def read_zen() -> str:
-    """The Zen of Python, a text that is the same in every Python."""
-    with contextlib.redirect_stdout(io.StringIO()):  # the module prints itself when imported
-        module = importlib.import_module("this")
-    return codecs.decode(module.s, "rot13")
 
 
 def _check_tokens(gate: _Gate, encode: Callable[[str], list[int]]) -> None:
@@ -144,14 +140,39 @@ def _check_stops(gate: _Gate) -> None:
         )
 
 
+def _check_correctness(gate: _Gate, read: Read) -> None:
+    """Hold stored tensors against the checkpoint's, and the runtime against the stored tensors."""
+    watch = Watch(gate.checkpoint)
+    sequences = gate.read_probe()[:EXACT_SEQUENCES]
+    try:
+        found = compare_arithmetic(gate.session, watch.over(read), gate.decoder, sequences)
+    except ValueError as error:
+        gate.add("comparable logits", 0, 1, ok=False)
+        raise gate.fail(f"runtime: {error}", WRONG) from error
+    if not gate.add("stored tensors off", len(watch.faults), 0, ok=not watch.faults):
+        name, fault = next(iter(watch.faults.items()))
+        raise gate.fail(
+            f"weights: {len(watch.faults)} of {len(watch.seen)} stored tensors are not the "
+            f"checkpoint's: {name}: {fault}",
+            WRONG,
+        )
+    is_met = found.kl.value <= found.limit
+    if not gate.add("runtime KL", found.kl.value, found.limit, ok=is_met, error=found.kl.error):
+        raise gate.fail(
+            f"runtime: the mean KL divergence of {gate.session.runtime} from the artifact's own "
+            f"weights is {found.kl.value:.3g} nats per token; limit {found.limit:.3g}",
+            WRONG,
+        )
+
+
 def _compare_probe(gate: _Gate, console: Console) -> Comparison:
-    ids = probe_ids(gate.checkpoint, gate.chat, gate.context_length)
-    source = comparing.read_source(gate.checkpoint, gate.decoder, [ids], console)
-    return comparing.compare(gate.session, source, [ids], console)
+    sequences = gate.read_probe()
+    source = comparing.read_source(gate.checkpoint, gate.decoder, sequences, console)
+    return comparing.compare(gate.session, source, sequences, console)
 
 
 def _compare_picture(gate: _Gate, console: Console) -> Comparison:
-    asked = picture.ask_probe(gate.checkpoint, gate.decoder, gate.chat, read_zen())
+    asked = picture.ask_probe(gate.checkpoint, gate.decoder, gate.chat, CHATS[0][1])
     session = cast(picture.SeeingSession, gate.session)
     with console.waiting("source and artifact look at a picture"):
         return picture.compare_picture(session, gate.checkpoint, gate.decoder, asked)
@@ -178,7 +199,8 @@ def _check_logits(
         if demand and not ok:
             missed.append(demand.sentence.format(estimate.value, len(found.kl), demand.limit))
     if missed:
-        raise gate.fail(f"{about}logits: {missed[0]}")
+        accepted = TOO_FAR.format(round_up(found.mean_kl))
+        raise gate.fail(f"{about}logits: {missed[0]}", accepted)
 
 
 @dataclass(frozen=True)
@@ -197,20 +219,16 @@ class Demand:
 
 def list_demands(limits: Limits) -> list[Demand]:
     """The limits that are set, the most telling first."""
-    demands = [
-        Demand(
-            "mean KL",
-            limits.max_kl,
+    demands = []
+    if limits.max_kl is not None:
+        sentence = (
             "the mean KL divergence from the source is {:.4g} nats per token on {} tokens; "
-            "limit {:g}",
-        ),
-        Demand(
-            "top-1 agreement",
-            limits.min_top1,
-            "the most likely token is the source's for {:.1%} of {} tokens; limit {:.1%}",
-            is_lowest=True,
-        ),
-    ]
+            "limit {:g}"
+        )
+        demands.append(Demand("mean KL", limits.max_kl, sentence))
+    if limits.min_top1 is not None:
+        sentence = "the most likely token is the source's for {:.1%} of {} tokens; limit {:.1%}"
+        demands.append(Demand("top-1 agreement", limits.min_top1, sentence, is_lowest=True))
     if limits.max_kl_99 is not None:
         sentence = "99 % of the KL divergences are up to {:.4g} nats on {} tokens; limit {:g}"
         demands.append(Demand("99 % KL", limits.max_kl_99, sentence))
@@ -218,6 +236,12 @@ def list_demands(limits: Limits) -> list[Demand]:
         sentence = "the perplexity is {:.4g} times the source's on {} tokens; limit {:g}"
         demands.append(Demand("perplexity ratio", limits.max_perplexity_ratio, sentence))
     return demands
+
+
+def round_up(value: float) -> str:
+    """Two digits that are no less than a positive value."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / step) * step:.2g}"
 
 
 def _check_smoke(gate: _Gate, smoke: Smoke) -> None:

@@ -15,7 +15,7 @@ MOST_KL = ((16, 0.01), (8, 0.05), (6, 0.2), (5, 0.5), (0, 1.2))
 
 
 def fill_limits(limits: Limits, data: DataFile) -> Limits:
-    """The limits of a recipe, with the limit on the mean KL that its precision has if none is set."""
+    """The limits of a recipe; its precision's limit on the mean KL where it sets none."""
     if limits.max_kl is not None:
         return limits
     return msgspec.structs.replace(limits, max_kl=choose_limit(count_bits(data)))

@@ -177,6 +177,18 @@ def compare_logits(
     return Comparison(np.array(ids, np.int64), np.maximum(kl, 0.0), same_top, losses)
 
 
+def compare_sequences(
+    source: Sequence[NDArray[Any]], artifact: Sequence[NDArray[Any]], texts: Sequence[Sequence[int]]
+) -> Comparison:
+    """The same for several sequences, logits [n, vocab] of each, in their order."""
+    return join(
+        [
+            compare_logits(one, other, ids)
+            for one, other, ids in zip(source, artifact, texts, strict=True)
+        ]
+    )
+
+
 def log_softmax(logits: NDArray[Any], side: str = "model") -> Floats:
     """Log-probabilities over the last axis, in float64; ValueError when one is not finite."""
     if not np.isfinite(logits).all():

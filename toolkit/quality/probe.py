@@ -9,9 +9,9 @@ from toolkit.quality import tokens
 from toolkit.quality.chat import render_turns
 from toolkit.quality.ordinary import CHATS
 
-MOST_LENGTH, LEAST_LENGTH = 96, 24  # tokens of a sequence
-# Weights times tokens of a forward pass: what two cores compute in some 12 seconds.
-WORK = 600_000_000_000
+MOST_LENGTH, LEAST_LENGTH = 96, 32  # tokens of a sequence
+# Weights times tokens of a forward pass, where that is more than the least.
+WORK = 40_000_000_000
 
 
 def choose_length(decoder: Decoder) -> int:

@@ -5,8 +5,9 @@ of another layer, rows in another order or exchanged nibbles turn it; scales tha
 block have all weights of a block off by one factor.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -72,9 +73,7 @@ def compare_rows(own: Array, stored: Array) -> str:
     if cosine < LEAST_COSINE:
         return f"its cosine with the checkpoint's is {cosine:.2f}; limit {LEAST_COSINE}"
     lengths = np.linalg.norm(own, axis=1)
-    cosines = _divide(
-        np.einsum("ij,ij->i", own, stored), lengths * np.linalg.norm(stored, axis=1)
-    )
+    cosines = _divide(np.einsum("ij,ij->i", own, stored), lengths * np.linalg.norm(stored, axis=1))
     heard = lengths > FAINT * lengths.mean()
     if heard.any() and (least := float(cosines[heard].min())) < LEAST_ROW_COSINE:
         return f"the cosine of a row with the checkpoint's is {least:.2f}; limit {LEAST_ROW_COSINE}"
@@ -108,7 +107,7 @@ def _compare_vector(own: Array, stored: Array) -> str:
     return "" if error <= VECTOR_ERROR else f"it is {error:.2g} off; limit {VECTOR_ERROR}"
 
 
-def _divide(value: Array, by: Array) -> Array:
+def _divide(value: Any, by: Any) -> Any:
     """Divide; what is divided by nothing is 0 where it is 0 itself, and infinite otherwise."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(np.divide(value, by), nan=0.0, posinf=np.inf)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from toolkit.artifact import Manifest
 from toolkit.check import LONG_ROPE_MARK
 from toolkit.quality.details import Details
-from toolkit.quality.gate import PROBE_TOKENS
+from toolkit.quality.probe import MOST_LENGTH
 from toolkit.weights import RUNTIME as WEIGHTS_ALONE
 
 GATE_TEXT = "the gate's own text"
@@ -69,7 +69,7 @@ def read_gate(manifest: Manifest) -> Measured | None:
 def _name_gate(manifest: Manifest) -> str:
     """The gate's text, with what makes it another one for this artifact."""
     name = GATE_TEXT
-    if manifest.context_length <= PROBE_TOKENS:  # one place stays free
+    if manifest.context_length <= MOST_LENGTH:  # one place stays free
         name += f", cut for a context of {manifest.context_length} tokens"
     if manifest.plan.get("rope_factors") == "long":  # the source, too, was read with them
         name += LONG_ROPE

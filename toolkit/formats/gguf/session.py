@@ -2,13 +2,15 @@
 
 import ctypes
 import os
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.errors import ArtifactError, UnsupportedError
+from toolkit.errors import ArtifactError, UnsupportedError, require
+from toolkit.formats import Arithmetic
 from toolkit.formats.gguf.encoding import GgufTokenizer
 from toolkit.formats.gguf.layout import DATA_FILE
 from toolkit.formats.gguf.llama import Batch, attempt, load_llama
@@ -39,6 +41,22 @@ class GgufSession:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens parsed, nothing added."""
         return self._tokenizer.encode(text)
+
+    @cached_property
+    def arithmetic(self) -> Arithmetic:
+        """What llama.cpp rounds activations to: as the coarsest of its matrices asks."""
+        kinds = {
+            tensor.tensor_type.name for tensor in require("gguf").GGUFReader(self._path).tensors
+        }
+        if kinds <= {"F32"}:
+            return "float32"
+        if kinds <= {"F32", "F16"}:
+            return "float16"
+        return "bfloat16" if kinds <= {"F32", "F16", "BF16"} else "int8"
+
+    def exact_logits(self, texts: Sequence[list[int]]) -> list[NDArray[np.float32]]:
+        """As `logits` of each text: llama.cpp has no other arithmetic."""
+        return [self.logits(ids) for ids in texts]
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """float32 [len(ids), vocabulary]."""

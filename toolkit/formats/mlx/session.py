@@ -1,13 +1,15 @@
 """An artifact open in mlx-lm on this machine."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.errors import ArtifactError, UnsupportedError, require
+from toolkit.formats import Arithmetic
 from toolkit.formats.mlx.cpu import speed_up
 from toolkit.runner.engines._mlx_vision import embed, load_model, load_tokenizer, read_stops
 from toolkit.runner.images import Pixels
@@ -89,6 +91,18 @@ class MlxSession:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens parsed, nothing added."""
         return self._tokenizer.encode(text)
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """On the CPU float32 (cpu.py), on a GPU the type of the scales and norms."""
+        if self._device == self._mx.cpu:
+            return "float32"
+        types = {"float16": "float16", "float32": "float32"}
+        return cast(Arithmetic, types.get(str(self._config.get("torch_dtype")), "bfloat16"))
+
+    def exact_logits(self, texts: Sequence[list[int]]) -> list[NDArray[np.float32]]:
+        """As `logits` of each text."""
+        return [self.logits(ids) for ids in texts]
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """float32 [len(ids), vocabulary]."""

@@ -1,6 +1,7 @@
 """An artifact open in onnxruntime-genai on this machine."""
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.errors import UnsupportedError, require
+from toolkit.formats import Arithmetic
+from toolkit.formats.onnx.exact import make_exact, read_arithmetic
 from toolkit.runner.engines.onnxruntime_genai import load_adapter, make_generator, make_inputs
 from toolkit.runner.images import Pixels
 
@@ -74,6 +77,22 @@ class OnnxSession:
         generator.append_tokens(np.array([ids], np.int32))
         logits: NDArray[np.float32] = np.asarray(generator.get_output("logits"))[0].astype("f4")
         return logits
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The type of the graph's activations."""
+        return read_arithmetic(self._folder)
+
+    def exact_logits(self, texts: Sequence[list[int]]) -> list[NDArray[np.float32]]:
+        """As `logits` of each text, with float activations where the graph asks for 8 bits."""
+        self.__dict__.pop("_adapters", None)
+        self.__dict__.pop("_model", None)  # only one has its weights in memory
+        with make_exact(self._folder) as folder:
+            exact = OnnxSession(folder, self._adapter.name if self._adapter else "")
+            try:
+                return [exact.logits(ids) for ids in texts]
+            finally:
+                exact.close()
 
     def picture_logits(self, ids: list[int], pixels: Pixels) -> NDArray[np.float32]:
         """float32 [len(ids), vocabulary]; ids below 0 stand for the pictures' rows, in order."""

@@ -1,6 +1,6 @@
 """An artifact open in OpenVINO on this machine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.errors import ArtifactError, UnsupportedError, require
+from toolkit.formats import Arithmetic
 from toolkit.formats.openvino.layout import MAIN_FILE
 from toolkit.formats.openvino.tokenizer import TOKENIZER
 from toolkit.runner.images import Pixels
@@ -55,6 +56,8 @@ class OpenvinoSession:
     device, with its defaults. Each loads the weights when first used and lets the other's go.
     """
 
+    arithmetic: Arithmetic = "float32"
+
     def __init__(self, folder: Path, **properties: str) -> None:
         """`properties` go to openvino-genai's pipeline."""
         self._openvino, self._genai = require("openvino"), require("openvino_genai")
@@ -82,6 +85,10 @@ class OpenvinoSession:
             self._request = model.create_infer_request()
         self._request.reset_state()
         return self.extend([], ids)
+
+    def exact_logits(self, texts: Sequence[list[int]]) -> list[NDArray[np.float32]]:
+        """As `logits` of each text, which are exact."""
+        return [self.logits(ids) for ids in texts]
 
     def extend(self, before: list[int], ids: list[int]) -> NDArray[np.float32]:
         """As `logits`, of `ids` alone, after the ids that were given since then."""
