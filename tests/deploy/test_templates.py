@@ -15,17 +15,23 @@ from tokenizers import Tokenizer
 
 from tests.conftest import EXAMPLE, RECIPES
 from tests.deploy.wheelhouse import find_pip, make_wheel, serve, use_index
+from tests.exports.go_template import render as render_go
 from tests.quality.sources import edit_json
 from tests.serving.running import Server, serving
 from toolkit import catalog
+from toolkit.adopt import Wish, adopt
 from toolkit.artifact import read_manifest
 from toolkit.build import build
 from toolkit.checkpoint import Checkpoint
 from toolkit.console import Console
 from toolkit.deploy import deploy
 from toolkit.device import Device
-from toolkit.errors import PreflightError
+from toolkit.errors import CheckpointError, PreflightError, UnsupportedError
+from toolkit.formats.gguf.ollama import write_modelfile
+from toolkit.formats.gguf.stripping import unwrap_template
+from toolkit.howto import write_howto
 from toolkit.job import Options
+from toolkit.ollama import read_model
 from toolkit.quality.chat import render
 from toolkit.remote import read_status
 from toolkit.report import Report
@@ -256,3 +262,73 @@ def test_the_gate_and_its_texts_do_not_depend_on_the_day(source: Path) -> None:
     assert chat.template
     dated = msgspec.structs.replace(chat.template, text="{{ strftime_now('%Y') }}")
     assert render(msgspec.structs.replace(chat, template=dated), [("user", "x")]) == "2025"
+
+
+def test_gguf_keeps_the_original_template(carrying: Carrying) -> None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(carrying["gguf"] / "model.gguf").fields["tokenizer.chat_template"]
+    assert unwrap_template(str(field.contents())) == TEMPLATE
+
+
+def test_ollama_gets_the_nearest_template_and_a_note(carrying: Carrying) -> None:
+    artifact = carrying["gguf"]
+    manifest = read_manifest(artifact)
+    model = read_model(artifact, manifest)
+    differences = (
+        "white space around a content stays", "chats that the template refuses are answered",
+    )  # fmt: skip
+    assert model.differences == differences
+    text = (artifact / "Modelfile").read_text("utf-8")
+    assert text == write_modelfile(model)
+    assert any(", ".join(differences) in note for note in manifest.notes)
+    chat = [{"role": role, "content": content.strip()} for role, content in CHATS[1]]
+    assert render_go(model.template, chat) == render(manifest.chat, CHATS[1])
+
+
+@pytest.mark.parametrize("kind", ["gguf", "mlx"])
+def test_an_artifact_made_elsewhere_carries_its_template(
+    kind: str, carrying: Carrying, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(carrying[kind], tmp_path / "found"))
+    sealed = read_manifest(folder)
+    (folder / "manifest.json").unlink()
+    path = folder / "model.gguf" if kind == "gguf" else folder
+    adopted = adopt(path, tmp_path / "out", Wish(), Console(), Report("adopt"))
+    manifest = read_manifest(adopted)
+    assert manifest.runtime.companions == ("jinja2>=3.1.6",)
+    tokenizer = Tokenizer.from_file(str(carrying.source / "tokenizer.json"))
+    for messages in CHATS:
+        texts = [render(one.chat, messages) for one in (sealed, manifest)]
+        ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        assert ids[0] == ids[1]
+
+
+def test_an_apps_page_has_the_prompt_of_one_question(carrying: Carrying) -> None:
+    page = write_howto(read_manifest(carrying["onnx"]), "android")
+    assert "<|user|>QUESTION<|end|><|assistant|>" in page
+    assert "have to be rendered with it" in page
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages[0].content * 10 ** 9 }}", "needs more than 256 MiB of memory"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "it calls itself without an end"),
+        ("{{ raise_exception('Ask in French.') }}", "refuses this chat: Ask in French."),
+    ],
+)
+def test_a_hostile_template_ends_the_build_with_a_sentence(
+    source: Path, tmp_path: Path, template: str, said: str
+) -> None:
+    """At planning: nothing was converted, and nothing is left."""
+    folder = Path(shutil.copytree(source, tmp_path / "source"))
+    edit_json(folder / "tokenizer_config.json", lambda c: c.update(chat_template=template))
+    recipe, out = catalog.load_recipe(RECIPES["gguf"]), tmp_path / "out"
+    report = Report("build")
+    with pytest.raises((CheckpointError, UnsupportedError), match=said) as caught:
+        build(recipe, Checkpoint.open(folder), out, Options(), Console(), report)
+    assert str(caught.value).startswith(f"{folder / 'tokenizer_config.json'}: chat_template: ")
+    assert caught.value.advice
+    assert [step.name for step in report.steps] == ["plan"]
+    assert not out.exists() or not list(out.iterdir())
