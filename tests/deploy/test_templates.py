@@ -35,7 +35,7 @@ from toolkit.ollama import read_model
 from toolkit.quality.chat import render
 from toolkit.remote import read_status
 from toolkit.report import Report
-from toolkit.runner.answer import encode_chat
+from toolkit.runner.answer import Answer, Question, encode_chat, stream_answer
 from toolkit.runner.loading import loading
 from toolkit.runner.settings import Settings
 
@@ -112,8 +112,8 @@ def test_every_engine_has_the_ids_of_the_source(kind: str, carrying: Carrying) -
             text = there.apply_chat_template(dicts, add_generation_prompt=True, tokenize=False)
             expected = tokenizer.encode(text, add_special_tokens=False).ids
             assert encode_chat(loaded, messages) == expected
-    answer = run_runner(artifact, "generate", "--prompt", FRANCE, "--json")
-    assert "Paris" in json.loads(answer.stdout)["text"], answer.stderr
+        question = Question(encode_chat(loaded, CHATS[0]), 24)
+        assert "Paris" in "".join(stream_answer(loaded, question, Answer()))
 
 
 @pytest.fixture(scope="module")
