@@ -108,6 +108,17 @@ def test_white_space_the_tokenizer_drops_is_left_out(folder, template, strippers
     assert encode(tokenizer, render(chat, padded)) == encode(tokenizer, whole)
 
 
+def test_a_carried_template_leaves_it_out_too(folder):
+    set_strippers(folder, ("<|user|>", "<|end|>"))
+    chat = read_with(folder, MINI.replace("message['content']", "message['content'] | trim"))
+    assert chat.template is not None
+    padded = [(role, f" \n {text} \n ") for role, text in MESSAGES]
+    text = render(chat, padded)
+    assert text == TURNS.replace("<|user|>\n", "<|user|>").replace("<|end|>\n", "<|end|>")
+    tokenizer = read_tokenizer(Checkpoint.open(folder))
+    assert encode(tokenizer, text) == encode(tokenizer, TURNS)
+
+
 def test_a_role_without_a_turn_is_refused(folder):
     chat = read_with(folder, MEDIUM)
     assert set(chat.turns) == {"user", "assistant"}

@@ -1,5 +1,6 @@
 """Chat templates of every usual shape, beside what transformers writes with them."""
 
+import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.checkpoints import write_random_checkpoint
 from tests.quality.sources import edit_json
 from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
+from toolkit.errors import CheckpointError
 from toolkit.quality.chat import read_chat
 from toolkit.runner.chat import render_chat
 from toolkit.runner.failure import Failure
@@ -121,3 +123,85 @@ def test_chats_are_those_of_transformers(folder: Path, name: str) -> None:
                 compared += 1
                 assert found == expected, messages
     assert compared > 10
+
+
+def test_chats_with_tools_are_those_of_transformers(folder: Path) -> None:
+    for name in ("tools-in-system", "tools-pretty", "llama-3.1", "granite-defaults"):
+        text = templates.read(name)
+        chat = read(folder, text)
+        tokens = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
+        for count in (1, 2, 3):
+            for tools in (TOOLS, None):
+                found = render_here(chat, TOOL_CHAT[:count], "", tools=tools)
+                more = {"tools": tools, "add_generation_prompt": True, **tokens}
+                assert found == render_there(text, TOOL_CHAT[:count], **more), (name, count)
+
+
+# What stands in tokenizer_config.json, and files beside it; of each the text is its place.
+SOURCES: dict[str, tuple[object, dict[str, str]]] = {
+    "a text": ("config", {}),
+    "a list": ([{"name": "default", "template": "config"}], {}),
+    "a list with tools": (
+        [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "config"}], {},
+    ),
+    "a dict": ({"default": "config", "tool_use": "tools"}, {}),
+    "a file": ("config", {"chat_template.jinja": "file"}),
+    "files": (
+        [{"name": "tool_use", "template": "config"}],
+        {
+            "chat_template.jinja": "file",
+            "additional_chat_templates/tool_use.jinja": "folder",
+            "additional_chat_templates/rag.jinja": "other",
+        },
+    ),
+    "a default in the folder": (None, {"additional_chat_templates/default.jinja": "folder"}),
+    "both defaults": (
+        None,
+        {"chat_template.jinja": "file", "additional_chat_templates/default.jinja": "folder"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_template_is_the_one_that_transformers_takes(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    place = Path(shutil.copytree(folder, tmp_path / "source"))
+    config, files = SOURCES[name]
+
+    def mark(text: str) -> str:
+        return (
+            text + "{{ messages[0].content | trim }}{{ bos_token }}{{ eos_token }}{{ unk_token }}"
+        )
+
+    def mark_all(found: Any) -> Any:
+        if isinstance(found, str):
+            return mark(found)
+        if isinstance(found, dict):
+            return {key: mark(text) for key, text in found.items()}
+        return [{**one, "template": mark(one["template"])} for one in found]
+
+    edit_json(place / "tokenizer_config.json", lambda c: c.pop("chat_template", None))
+    if config:
+        marked = mark_all(config)
+        edit_json(place / "tokenizer_config.json", lambda c: c.update(chat_template=marked))
+    for file, text in files.items():
+        (place / file).parent.mkdir(exist_ok=True)
+        (place / file).write_text(mark(text), "utf-8")
+    before = Checkpoint.open(folder).fingerprint()
+    assert Checkpoint.open(place).fingerprint() != before
+    chat = read_chat(Checkpoint.open(place))
+    there = AutoTokenizer.from_pretrained(place)
+    messages = [{"role": "user", "content": "x"}]
+    for tools in (None, TOOLS):
+        expected = there.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True
+        )
+        assert render_chat(chat, messages, tools) == expected
+
+
+def test_a_named_template_alone_is_refused_as_transformers_does(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="none is named default"):
+        read(folder, {"tool_use": "x"})

@@ -203,3 +203,11 @@ def test_a_role_that_a_template_passes_over_is_refused() -> None:
     chat = Chat({}, "", (1,), None, template=Template(text=GOOD, roles=("user",)))
     with pytest.raises(Failure, match="role 'robot' is unknown to this model; allowed: user"):
         render_chat(chat, [("robot", "x")])
+
+
+def test_build_and_device_ask_for_the_same_jinja2() -> None:
+    from toolkit import artifact
+    from toolkit.runner import rendering, template
+
+    assert artifact.REQUIREMENT == template.REQUIREMENT
+    assert "jinja2>=" + ".".join(map(str, rendering.OLDEST_JINJA)) == template.REQUIREMENT

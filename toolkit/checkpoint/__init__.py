@@ -22,13 +22,15 @@ from toolkit.decoder import Decoder
 from toolkit.errors import CheckpointError
 from toolkit.vision import Preprocessing
 
+TEMPLATE_FILE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of others, by name
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     ranks.RANKS_FILE,
 )
 # How runtimes are to read tokenizer.json, where the checkpoint names code of its own.
@@ -143,8 +145,9 @@ class Checkpoint:
         return found if isinstance(found, int) else None
 
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files that are there."""
-        return [self.folder / n for n in TOKENIZER_FILES if (self.folder / n).is_file()]
+        """The tokenizer's files that are there, with all chat templates."""
+        files = [self.folder / n for n in TOKENIZER_FILES if (self.folder / n).is_file()]
+        return [*files, *sorted((self.folder / MORE_TEMPLATES).glob("*.jinja"))]
 
     @cached_property
     def made_tokenizer(self) -> bytes | None:
@@ -188,7 +191,7 @@ class Checkpoint:
         former read it wrong.
         """
         paths = [path for path in self.tokenizer_files() if path.name != ranks.RANKS_FILE]
-        contents = {path.name: path.read_bytes() for path in paths}
+        contents = {self._name(path): path.read_bytes() for path in paths}
         if self.made_tokenizer:
             config = {**self.tokenizer_config, "tokenizer_class": FAST_TOKENIZER}
             config.pop("auto_map", None)  # code that reads the tiktoken file
@@ -199,7 +202,11 @@ class Checkpoint:
     def write_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer's files, as artifacts have them, into `folder`."""
         for name, content in self.tokenizer_contents().items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
 
     def check(self, decoder: Decoder) -> None:
         """Compare names and shapes with the architecture; CheckpointError on any difference."""
@@ -310,7 +317,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         configs = [self.folder / name for name in CONFIG_FILES]
         for path in [*filter(Path.is_file, configs), *self.tokenizer_files()]:
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+            digest.update(self._name(path).encode() + b"\0" + path.read_bytes())
         for name in sorted(self.tensors):
             info = self.tensors[name]
             digest.update(f"{name} {info.dtype} {info.shape}\n".encode())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
+from toolkit.checkpoint import CONFIG_FILES, MORE_TEMPLATES, TOKENIZER_FILES, Checkpoint
 from toolkit.checkpoint.config import Config, read_config
 from toolkit.checkpoint.download import RemoteFile, fetch
 from toolkit.checkpoint.hub_errors import explain, host, is_unreachable
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 SMALL_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, INDEX)
+MORE = re.compile(rf"{MORE_TEMPLATES}/[^/]+\.jinja")
 REFERENCE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>(?!.*\.\.)[\w][\w./-]*))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -118,12 +119,13 @@ class _Download:
             raise ValueError("no commit")
         self._tell(commit)
         _require_checkpoint(repository, siblings)
-        folder = self._fetch_small(commit, [name for name in SMALL_FILES if name in siblings])
+        small = [name for name in siblings if name in SMALL_FILES or MORE.fullmatch(name)]
+        folder = self._fetch_small(commit, small)
         if accept:
             accept(read_config(folder / "config.json"))
         weights = _weight_files(repository, folder, siblings)
         self._fetch_weights(commit, [siblings[name] for name in weights])
-        self._fetch_small(commit, [*(name for name in SMALL_FILES if name in siblings), *weights])
+        self._fetch_small(commit, [*small, *weights])
         self._remember(commit)
         return Checkpoint.open(folder, commit)
 
@@ -146,7 +148,7 @@ class _Download:
                     revision=self.wanted.revision,
                     cache_dir=self.cache,
                     local_files_only=True,
-                    allow_patterns=[*SMALL_FILES, SINGLE],
+                    allow_patterns=[*SMALL_FILES, f"{MORE_TEMPLATES}/*.jinja", SINGLE],
                 )
             )
             checkpoint = Checkpoint.open(folder, folder.name)

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint import MORE_TEMPLATES, TEMPLATE_FILE, Checkpoint
 from toolkit.checkpoint.config import read_json
 from toolkit.errors import CheckpointError
 
-TEMPLATE_FILE = "chat_template.jinja"
-MORE_TEMPLATES = "additional_chat_templates"
 DEFAULT, TOOL_USE = "default", "tool_use"
 SPECIAL_TOKENS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.templates import DEFAULT, TOOL_USE, read_source
 from toolkit.errors import CheckpointError, require
 from toolkit.formats.gguf.stripping import STRIP_KEY, name_model, strip_template, texts_to_strip
 from toolkit.formats.gguf.vocabulary import Token, Vocabulary
@@ -47,11 +48,23 @@ def add_tokenizer(writer: Any, checkpoint: Checkpoint, vocabulary: Vocabulary) -
     strippers = texts_to_strip(tokens)
     if strippers:
         writer.add_string(STRIP_KEY, json.dumps(strippers))
-    if isinstance(special.chat_template, str):
-        special.chat_template = strip_template(special.chat_template, strippers)
+    special.chat_template = _list_templates(checkpoint, strippers)
     special.special_token_ids.setdefault("eos", checkpoint.stop_ids[0])
     special.add_to_gguf(writer, quiet=True)
     _add_stops(writer, checkpoint, tokens, special.special_token_ids["eos"])
+
+
+def _list_templates(checkpoint: Checkpoint, strippers: Sequence[str]) -> str | list[Any] | None:
+    """The checkpoint's own templates as the file has them; None where there are none."""
+    try:
+        source = read_source(checkpoint)
+    except CheckpointError:
+        return None  # a build has asked for them already
+    text = strip_template(source.text, strippers)
+    if not source.tool_use:
+        return text
+    named = {DEFAULT: text, TOOL_USE: strip_template(source.tool_use, strippers)}
+    return [{"name": name, "template": one} for name, one in named.items()]
 
 
 def _add_stops(writer: Any, checkpoint: Checkpoint, tokens: Sequence[Token], end_id: int) -> None:

@@ -40,6 +40,9 @@ OFFERED: dict[str, tuple[int, ...]] = {
 LOWEST_BATCH_TOKENS = 2  # with one, llama.cpp's server aborts the process at the first prompt
 ALL_LAYERS = 9999
 HTTP_THREADS = 2  # one answers; the next prompt is encoded beside it
+# Its server tries out the template of the file, and ends on one that its own Jinja cannot read;
+# chats are rendered here, so it is given one that it knows.
+CHAT_TEMPLATE = "chatml"
 REQUEST_TIMEOUT_S = 1800
 
 
@@ -198,6 +201,7 @@ def choose_params(llama: Any, path: Path, provider: str, settings: Settings) -> 
     params.endpoint_slots = False
     params.ui = False
     params.verbosity = -1
+    params.chat_template = CHAT_TEMPLATE
     if settings.threads:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings.threads
     if settings.batch_tokens:
@@ -219,6 +223,7 @@ def choose_options(path: Path, provider: str, settings: Settings) -> dict[str, o
         "CACHE_RAM": 0,
         "CTX_CHECKPOINTS": 0,
         "THREADS_HTTP": HTTP_THREADS,
+        "CHAT_TEMPLATE": CHAT_TEMPLATE,
         "ENDPOINT_SLOTS": 0,
         "UI": 0,
         "NO_WEBUI": 1,  # its name before
