@@ -111,8 +111,9 @@ def run_mlp(
 ) -> Array:
     """The gated MLP of a layer, or one of its experts: [n, hidden] to the same shape."""
     parts = decoder.gate(layer, expert), decoder.up(layer, expert)
-    # Passed on at once: nothing holds gate and up any more while the next matrix is at work.
-    gated = apply_gate(*project_parts(weights, decoder, normed, *parts), decoder.gegelu_limit)
+    gate, up = project_parts(weights, decoder, normed, *parts)
+    gated = apply_gate(gate, up, decoder.gegelu_limit)
+    del gate, up  # large, and the next matrix may be at work for long
     return project(weights, decoder, decoder.down(layer, expert), gated)
 
 
