@@ -217,6 +217,38 @@ def test_a_run_that_was_cut_is_gone_on_with(random: Source, tmp_path: Path, equa
     assert list((tmp_path / "b" / "0").iterdir()) == []
 
 
+def test_artifacts_of_one_pass_go_on_from_the_layer_that_all_have(
+    random: Source, tmp_path: Path
+) -> None:
+    """Killed while one has a newer state than the other: the same bytes as alone."""
+    recipes = [make_recipe(kind, method="gptq") for kind in ("onnx", "mlx")]
+    whole, cut = (
+        [random.prepare(one, tmp_path / name / one.format) for one in recipes]
+        for name in ("whole", "cut")
+    )
+    for artifact in whole:
+        random.calibrate([artifact], tmp_path / "alone" / artifact.output.path.name)
+    with pytest.MonkeyPatch.context() as patch:
+        save, saved = np.save, list[Any]()
+
+        def interrupt(file: Any, array: Any) -> None:
+            if len(saved) == 6:  # two arrays an artifact: after layer 0 both, after layer 1 one
+                raise KeyboardInterrupt
+            saved.append(save(file, array))
+
+        patch.setattr(np, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            random.calibrate(cut, tmp_path / "state")
+    layers: list[int] = []
+    run_layer = reference.run_layer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "run_layer", lambda *a: (layers.append(a[2]), run_layer(*a))[1])
+        random.calibrate(cut, tmp_path / "state")
+    assert layers[0] == 1
+    for one, other in zip(whole, cut, strict=True):
+        assert one.output.path.read_bytes() == other.output.path.read_bytes()
+
+
 def test_a_state_ahead_of_what_is_needed_is_not_taken(random: Source, tmp_path: Path) -> None:
     """Of two artifacts one has nothing yet: the pass starts again from the text."""
     recipe = make_recipe("onnx", method="gptq")
