@@ -69,6 +69,9 @@ def _choose_codes(
     chosen = []
     for recipe in recipes:
         changed = recipe.with_codes(wanted.method, wanted.equalize)
+        can_equalize = not (decoder.specials or recipe.adapter_apart)
+        if wanted.method == "gptq" and wanted.equalize is None and can_equalize:
+            changed = changed.with_equalization()
         if changed != recipe:
             try:
                 make_plan(changed, decoder, adapter=adapter)

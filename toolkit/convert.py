@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from toolkit import fileio, formats
-from toolkit.calibrate import Calibrated, bytes_to_do, calibrate
+from toolkit.calibrate import bytes_to_do, calibrate
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.lora import without_adapter
+from toolkit.coding import Calibrated
 from toolkit.console import format_bytes
 from toolkit.errors import PhishipError
 from toolkit.job import Building, Job

@@ -33,7 +33,7 @@ MOST_WORKERS = 8
 SHOWN_RECIPES = 5
 STEP_TOKENS = 256  # of contexts that are suggested
 FLOAT_BYTES = 4
-FACTORS = 8  # a matrix's gram, its factors, NumPy's float64 on the way, and some rows
+FACTORS = 9  # a matrix's gram, its shift, its factors, and copies on the way
 
 
 @dataclass(frozen=True)
@@ -176,17 +176,16 @@ def _check_memory(plan: Plan, memory_bytes: int) -> None:
 
 
 def _calibration_bytes(decoder: Decoder, tokens: int) -> int:
-    """Arrays that `calibrate` holds at once: of the widest layer, or of its widest matrix.
+    """Arrays that `calibrate` holds at once, the source's inputs of a layer among them.
 
     Measured at full size: docs/calibration.md.
     """
-    columns = (
-        decoder.hidden, decoder.heads * decoder.head_dim, decoder.hidden, decoder.intermediate,
-    )  # fmt: skip
-    grams = sum(count * count for count in columns)
-    gate = tokens * (3 * decoder.hidden + 4 * decoder.intermediate)
-    factors = tokens * decoder.hidden + FACTORS * max(columns) ** 2
-    return FLOAT_BYTES * (grams + max(gate, factors))
+    inputs = 3 * decoder.hidden + decoder.heads * decoder.head_dim + decoder.intermediate
+    gate = 4 * decoder.intermediate
+    widest = max(decoder.hidden, decoder.heads * decoder.head_dim, decoder.intermediate)
+    factors = tokens * decoder.intermediate + FACTORS * widest**2
+    states = 4 * tokens * decoder.hidden
+    return FLOAT_BYTES * (tokens * inputs + states + max(tokens * gate, factors))
 
 
 def _check_architecture(recipe: Recipe, decoder: Decoder) -> None:

@@ -93,6 +93,12 @@ class Recipe(
         words = [self.name, new.method, *(["equalized"] if new.equalize else [])]
         return msgspec.structs.replace(self, quantization=new, name="-".join(words))
 
+    def with_equalization(self) -> "Recipe":
+        """The same recipe with equalization, under the same name: gptq's companion by default."""
+        return msgspec.structs.replace(
+            self, quantization=msgspec.structs.replace(self.quantization, equalize=True)
+        )
+
     def settings(self) -> dict[str, Any]:
         """The fields that change the artifact's bytes, defaults filled in."""
         fields: dict[str, Any] = msgspec.to_builtins(self)

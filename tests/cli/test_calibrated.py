@@ -21,6 +21,7 @@ def test_the_manifest_says_on_which_text(example: Path, tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "out" / NAME)
     assert manifest.name == NAME
     assert manifest.plan["quantization"]["method"] == "gptq"  # type: ignore[index]
+    assert manifest.plan["quantization"]["equalize"] is True  # type: ignore[index]
     assert manifest.calibration is not None
     assert manifest.calibration.tokens == 8192
     (step,) = [e for e in events(done) if e.get("name") == "calibrate"]

@@ -17,8 +17,9 @@ from tests.checkpoints import (
 from tests.quality.artifacts import FORMATS, make_recipe
 from toolkit import calibrate as calibrating
 from toolkit import fileio, formats
-from toolkit.calibrate import Calibrated, bytes_to_do, calibrate
+from toolkit.calibrate import bytes_to_do, calibrate
 from toolkit.checkpoint import Checkpoint
+from toolkit.coding import Calibrated
 from toolkit.decoder import Decoder
 from toolkit.errors import CheckpointError
 from toolkit.families import read_decoder
@@ -29,6 +30,7 @@ from toolkit.quality.chat import read_chat
 from toolkit.quality.texts import Text, digest_ids, read_text
 from toolkit.quantize.equalize import make_foldable
 from toolkit.recipe import Recipe
+from toolkit.scales import Equalizer
 from toolkit.stream import Output, stream
 
 SEQUENCES = tuple(
@@ -58,8 +60,10 @@ class Source:
         self, artifacts: Sequence[Calibrated], folder: Path, text: Text = TEXT,
         advance: Callable[[int], None] = ignore,
     ) -> None:  # fmt: skip
-        folder.mkdir(exist_ok=True)
-        calibrate(self.checkpoint, self.decoder, text, artifacts, [folder], advance)
+        folders = [folder / str(index) for index in range(len(artifacts))]
+        for one in folders:
+            one.mkdir(parents=True, exist_ok=True)
+        calibrate(self.checkpoint, self.decoder, text, artifacts, folders, advance)
 
     def tensors(self, recipe: Recipe, artifact: Calibrated) -> dict[str, Any]:
         """What the finished artifact's weights are, by the format's own reader."""
@@ -134,19 +138,19 @@ def test_equalization_leaves_the_model_as_it_is(variant: str, tmp_path: Path) ->
     """The factors alone, before any weight is coded: equal logits, also with shared values."""
     source = Source(write_random_checkpoint(tmp_path / "source", variant))
     artifact = source.prepare(make_recipe("onnx", equalize=True), tmp_path / "out")
-    run = calibrating._Run(source.checkpoint, source.decoder, [artifact], ignore)
-    watched = calibrating._Watched(source.checkpoint, ignore)
+    watched = calibrating.WatchedWeights(source.checkpoint, ignore)
+    equalizer = Equalizer(source.checkpoint, source.decoder, artifact.encoder_of)
     tensors = {name: source.checkpoint.read(name) for name in source.decoder.shapes()}
     rotation = reference.rotary_tables(source.decoder.rope, TEXT.length)
     hidden = np.stack(
         [watched.look_up(source.decoder.names.embedding, ids) for ids in TEXT.sequences]
     )
     for layer in range(source.decoder.layers):
-        watched.inputs = {}
         hidden = reference.run_layer(watched, source.decoder, layer, hidden, rotation)
         # Random inputs are too even for any factor to pay: some are made large.
         inputs = {name: with_outliers(found) for name, found in watched.inputs.items()}
-        scales = run._equalize(layer, inputs, artifact)
+        watched.inputs.clear()
+        scales = equalizer.find(layer, inputs)
         assert all(np.ptp(factors) > 0.1 for factors in scales.columns.values())
         tensors |= scales.norms
         for name, factors in scales.columns.items():
@@ -158,10 +162,10 @@ def test_equalization_leaves_the_model_as_it_is(variant: str, tmp_path: Path) ->
     assert np.abs(logits(tensors, source.decoder, SEQUENCES[0]) - expected).max() < 1e-4
 
 
-def with_outliers(inputs: calibrating.Inputs) -> calibrating.Inputs:
-    factors = np.ones(len(inputs.magnitudes), np.float32)
+def with_outliers(inputs: Any) -> Any:
+    factors = np.ones(inputs.shape[1], np.float32)
     factors[::9] = 30
-    return calibrating.Inputs(inputs.gram * factors * factors[:, None], inputs.magnitudes * factors)
+    return inputs * factors
 
 
 def test_folded_norms_are_exact_in_bf16() -> None:
@@ -195,7 +199,7 @@ def test_a_run_that_was_cut_is_gone_on_with(random: Source, tmp_path: Path, equa
 
     with pytest.raises(KeyboardInterrupt):
         random.calibrate([cut], tmp_path / "b", advance=interrupt)
-    assert len(list((tmp_path / "b").glob(".calibration-*.npy"))) == 1
+    assert len(list((tmp_path / "b" / "0").glob(".calibration-*.npy"))) == 1
     again = Calibrated(cut.output, recipe.quantization, set(recorded))
     assert 0 < len(recorded) < len(whole.done)
     layers: list[int] = []
@@ -210,7 +214,39 @@ def test_a_run_that_was_cut_is_gone_on_with(random: Source, tmp_path: Path, equa
         assert layers == []
     assert again.done == whole.done
     assert again.output.path.read_bytes() == whole.output.path.read_bytes()
-    assert list((tmp_path / "b").iterdir()) == []
+    assert list((tmp_path / "b" / "0").iterdir()) == []
+
+
+def test_artifacts_of_one_pass_go_on_from_the_layer_that_all_have(
+    random: Source, tmp_path: Path
+) -> None:
+    """Killed while one has a newer state than the other: the same bytes as alone."""
+    recipes = [make_recipe(kind, method="gptq") for kind in ("onnx", "mlx")]
+    whole, cut = (
+        [random.prepare(one, tmp_path / name / one.format) for one in recipes]
+        for name in ("whole", "cut")
+    )
+    for artifact in whole:
+        random.calibrate([artifact], tmp_path / "alone" / artifact.output.path.name)
+    with pytest.MonkeyPatch.context() as patch:
+        save, saved = np.save, list[Any]()
+
+        def interrupt(file: Any, array: Any) -> None:
+            if len(saved) == 6:  # two arrays an artifact: after layer 0 both, after layer 1 one
+                raise KeyboardInterrupt
+            saved.append(save(file, array))
+
+        patch.setattr(np, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            random.calibrate(cut, tmp_path / "state")
+    layers: list[int] = []
+    run_layer = reference.run_layer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "run_layer", lambda *a: (layers.append(a[2]), run_layer(*a))[1])
+        random.calibrate(cut, tmp_path / "state")
+    assert layers[0] == 1
+    for one, other in zip(whole, cut, strict=True):
+        assert one.output.path.read_bytes() == other.output.path.read_bytes()
 
 
 def test_a_state_ahead_of_what_is_needed_is_not_taken(random: Source, tmp_path: Path) -> None:
@@ -218,8 +254,8 @@ def test_a_state_ahead_of_what_is_needed_is_not_taken(random: Source, tmp_path: 
     recipe = make_recipe("onnx", method="gptq")
     fresh, alone = (random.prepare(recipe, tmp_path / name) for name in ("fresh", "alone"))
     state = tmp_path / "state"
-    state.mkdir()
-    np.save(state / ".calibration-2.npy", np.zeros((1, 1, 1), np.float32))
+    (state / "0").mkdir(parents=True)
+    np.save(state / "0" / ".calibration-2.npy", np.zeros((1, 1, 1), np.float32))
     random.calibrate([fresh], state)
     random.calibrate([alone], tmp_path / "other")
     assert fresh.output.path.read_bytes() == alone.output.path.read_bytes()
@@ -253,8 +289,14 @@ def test_written_weights_are_equalized_as_a_whole(kind: str, tmp_path: Path) -> 
     recipe = make_recipe(kind, method="gptq", equalize=True, overrides=overrides)
     artifact = source.prepare(recipe, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        sum_up = calibrating.sum_up
-        patch.setattr(calibrating, "sum_up", lambda inputs: with_outliers(sum_up(inputs)))
+        find = Equalizer.find
+        patch.setattr(
+            Equalizer,
+            "find",
+            lambda self, layer, inputs: find(
+                self, layer, {name: with_outliers(x) for name, x in inputs.items()}
+            ),
+        )
         source.calibrate([artifact], tmp_path / "state")
     tensors = source.tensors(recipe, artifact)
     name = source.decoder.names.attention_norm.format(0)

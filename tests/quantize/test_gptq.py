@@ -60,6 +60,23 @@ def test_factor_takes_the_damped_gram_apart():
     assert np.allclose(found.descent * np.diag(damped), damped * (1 - np.eye(COLUMNS)), rtol=1e-4)
 
 
+def test_shifted_weights_make_the_sources_outputs_of_other_inputs():
+    """Against the same least squares in float64; without a difference nothing moves."""
+    expected, weights = make_inputs(), make_weights()
+    noise = np.random.default_rng(3).standard_normal(expected.shape).astype(np.float32)
+    inputs = expected + noise * np.abs(expected).mean(axis=0) / 4
+    gram = inputs.T @ inputs
+    assert gptq.find_shift(inputs, inputs, gram) is None
+    found = weights + weights @ gptq.find_shift(expected, inputs, gram)
+    wide = inputs.astype(np.float64)
+    damped = wide.T @ wide + np.eye(COLUMNS) * gptq.AIM_DAMPING * np.diag(gram).mean()
+    right = weights + weights @ (expected - wide).T @ wide @ np.linalg.inv(damped)
+    assert np.abs(found - right).max() < 1e-4 * np.abs(right).max()
+    target = expected @ weights.T
+    after, before = (np.square(inputs @ w.T - target).sum() for w in (found, weights))
+    assert after < 0.7 * before
+
+
 def test_outputs_are_nearer_than_with_the_nearest_codes(way):
     inputs, weights = make_inputs(), make_weights()
     gram = inputs.T @ inputs

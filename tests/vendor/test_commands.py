@@ -167,8 +167,8 @@ def test_gguf_settings(tiny: Checkpoint) -> None:
     [
         (
             "tiny-phi3-onnx-cpu-int4",
-            {"embedding": "int8"},
-            "embedding: int8; an embedding that is also the head",
+            {"embedding": "int4"},
+            "embedding: int4; an embedding that is also the head",
         ),
         ("tiny-phi3-onnx-cpu-int4", {"precision": "fp16"}, "for cuda only"),
         ("tiny-phi3-openvino-int4", {"embedding": "f16"}, "both int8 or both int4"),

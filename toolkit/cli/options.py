@@ -71,7 +71,8 @@ method_option = click.option(
 )  # fmt: skip
 equalize_option = click.option(
     "--equalize/--no-equalize", default=None,
-    help="Move scale from channels with outliers to other weights first, or not.",
+    help="Move scale from channels with outliers to other weights first, or not; with "
+    "--method gptq it is done by default where the model allows it.",
 )  # fmt: skip
 devices_option = click.option(
     "--devices", type=click.Path(path_type=Path, dir_okay=False), help="The devices.yaml to use."

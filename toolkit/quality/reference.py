@@ -113,6 +113,7 @@ def run_mlp(
     parts = decoder.gate(layer, expert), decoder.up(layer, expert)
     gate, up = project_parts(weights, decoder, normed, *parts)
     gated = apply_gate(gate, up, decoder.gegelu_limit)
+    del gate, up  # large, and the next matrix may be at work for long
     return project(weights, decoder, decoder.down(layer, expert), gated)
 
 

@@ -15,11 +15,13 @@ POWERS = np.arange(0, 1.01, 0.1)
 LEAST_MEAN = 1e-5  # of |x|, relative to the largest: dead channels are not blown up
 
 
-def find_stretch(weights: Floats, encoder: GridEncoder, gram: Floats, magnitudes: Floats) -> Floats:
+def find_stretch(
+    weights: Floats, encoder: GridEncoder, inputs: Floats, magnitudes: Floats
+) -> Floats:
     """Return the factor of each column, float32 [columns].
 
-    weights: some rows [rows, columns] of the matrix. gram = X'X of its inputs X, magnitudes their
-    mean |x| for each column; columns that share a scale have equal ones.
+    weights: some rows [rows, columns] of the matrix, inputs: some of its inputs [n, columns].
+    magnitudes: the mean |x| of each column; columns that share a scale have equal ones.
     """
     errors = []
     for power in POWERS:
@@ -27,7 +29,7 @@ def find_stretch(weights: Floats, encoder: GridEncoder, gram: Floats, magnitudes
         stretched = weights * stretch
         grid = encoder.fit(stretched)
         off = decode(nearest(stretched, grid, encoder.bits), grid) / stretch - weights
-        errors.append(float(np.einsum("ij,ij->", off @ gram, off, dtype=np.float64)))
+        errors.append(float(np.square(off @ inputs.T).sum(dtype=np.float64)))
     return _scale(magnitudes, POWERS[int(np.argmin(errors))])
 
 

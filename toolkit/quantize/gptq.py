@@ -23,6 +23,7 @@ from toolkit.quantize.kernels import Codes, Floats, load_library
 
 DAMPING = 0.01  # of the mean importance, added to each; ten times that where it does not suffice
 MOST_DAMPING = 10.0
+AIM_DAMPING = 0.05  # of the mean importance, for where the source's outputs are aimed at
 BLOCK_COLUMNS = 64  # their coefficients stay in the first-level cache
 SWEEPS = 1
 NOT_FINITE = "activations on the calibration text are not finite"
@@ -71,6 +72,30 @@ def factor(gram: Floats) -> Curvature:
         damping *= 10
         if damping > MOST_DAMPING:
             raise ValueError(NOT_FINITE)
+
+
+def find_shift(expected: Floats, inputs: Floats, gram: Floats) -> Floats | None:
+    """How weights W move to make of `inputs` what they make of `expected`: to W + W shift.
+
+    expected [n, columns] are the source's inputs X, `inputs` those of the layers coded before, Y;
+    gram = Y'Y. W + W (X - Y)'Y (Y'Y + damping)^-1 is the least squares solution (the idea of GPTAQ,
+    Li et al. 2025). [columns, columns]; None when both inputs are the same.
+    """
+    drift = (expected - inputs).T @ inputs
+    if not drift.any():
+        return None
+    importance = np.diag(gram)
+    roots = np.sqrt(importance + np.float32(AIM_DAMPING) * importance.mean())
+    # As in `factor`: a diagonal of ones keeps float32 from losing small columns.
+    scaled = gram / roots
+    scaled /= roots[:, None]
+    np.fill_diagonal(scaled, 1)
+    drift /= roots
+    try:
+        shift: Floats = np.linalg.solve(scaled, drift.T).T / roots
+    except np.linalg.LinAlgError as error:
+        raise ValueError(NOT_FINITE) from error
+    return shift
 
 
 def rank_columns(importance: Floats) -> NDArray[np.intp]:

@@ -80,7 +80,8 @@ def _quantization_options(recipe: OnnxRecipe, decoder: Decoder) -> list[str]:
     if wanted.precision == "fp16" and recipe.provider == "cpu":
         raise _beyond(recipe, "quantization.precision: fp16 is written for cuda only, not for cpu")
     is_shared = decoder.is_tied and recipe.embedding_bits == recipe.head_bits == 4
-    if recipe.embedding_bits and not is_shared:
+    is_near = recipe.embedding_bits == 8 and not decoder.is_tied  # what it costs is not measurable
+    if recipe.embedding_bits and not (is_shared or is_near):
         raise _beyond(
             recipe,
             f"quantization.embedding: {wanted.embedding}; an embedding that is also the head can "
@@ -109,6 +110,9 @@ def _beyond(recipe: OnnxRecipe, what: str) -> PlanError:
 
 def _embedding_notes(recipe: OnnxRecipe) -> list[str]:
     written = {"float16": "fp16", "float32": "fp32"}[recipe.io_dtype]
-    if recipe.embedding_bits or recipe.quantization.embedding == written:
+    wanted = recipe.quantization.embedding
+    if wanted in (written, "int4"):
         return []
+    if wanted == "int8":
+        return [f"the builder stores the embedding as {written}, not int8, in more bytes"]
     return [f"the builder stores the embedding as {written}, the same values in more bytes"]
