@@ -270,7 +270,7 @@ def test_extra_tensors_are_refused_and_known_ones_ignored(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("architecture", "model_type"),
-    [("Phi4FlashForCausalLM", "phi4flash"), ("LlamaForCausalLM", "llama"), ("", "phi3")],
+    [("Phi4FlashForCausalLM", "phi4flash"), ("LlamaModel", "llama"), ("", "mamba")],
 )
 def test_unknown_architecture(architecture: str, model_type: str, sharded: Path) -> None:
     with pytest.raises(UnsupportedError) as caught:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -68,13 +68,28 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, revision: str = LOCAL_REVISION) -> "Checkpoint":
-        """Read config and headers of `folder`; CheckpointError when they are missing or damaged."""
+        """Read config and headers of `folder`; CheckpointError when they are missing or damaged.
+
+        A checkpoint that is stored in another way than Phi-3's comes as a view that reads it so.
+        """
+        from toolkit.checkpoint.views import present
+
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}",
                 advice="give a folder, or a Hugging Face id such as owner/name@revision",
             )
-        return cls(folder, read_config(folder / "config.json"), read_index(folder), revision)
+        config = read_config(folder / "config.json")
+        return present(cls(folder, config, read_index(folder), revision))
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that the weights lie in."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    def config_bytes(self) -> bytes:
+        """config.json, as an artifact has it."""
+        return (self.folder / "config.json").read_bytes()
 
     @property
     def adapter_digest(self) -> str:
@@ -203,15 +218,21 @@ class Checkpoint:
 
     def check(self, decoder: Decoder) -> None:
         """Compare names and shapes with the architecture; CheckpointError on any difference."""
+        if decoder.vision:
+            self.preprocessing  # noqa: B018 - without it no picture can be read
+        self.compare(decoder, decoder.all_shapes)
+
+    def compare(
+        self, decoder: Decoder, list_shapes: Callable[[], Mapping[str, tuple[int, ...]]]
+    ) -> None:
+        """Compare with the tensors that there should be; CheckpointError on any difference."""
         where = f"{self.folder}: config.json and the tensors contradict each other"
-        if decoder.layers > len(self.tensors):
+        if decoder.layers > len(self.tensors):  # before a list of 10**12 layers is made
             raise CheckpointError(
                 f"{where}: config.json says {decoder.layers} layers; "
                 f"found only {len(self.tensors)} tensors"
             )
-        shapes = decoder.all_shapes()
-        if decoder.vision:
-            self.preprocessing  # noqa: B018 - without it no picture can be read
+        shapes = list_shapes()
         for name, shape in shapes.items():
             if name not in self.tensors:
                 raise CheckpointError(f"{where}: {name} {list(shape)} is missing")

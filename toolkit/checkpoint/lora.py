@@ -97,6 +97,15 @@ class MergedCheckpoint(Checkpoint):
         """Hex sha256 of the adapter that is merged in."""
         return self.adapter.digest
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that the base's weights lie in."""
+        return self.base.files
+
+    def config_bytes(self) -> bytes:
+        """config.json, as an artifact has it."""
+        return self.base.config_bytes()
+
     def reopen(self) -> "MergedCheckpoint":
         """The same with files and buffers of its own."""
         return _join(self.base.reopen(), self.adapter)

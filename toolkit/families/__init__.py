@@ -2,11 +2,12 @@
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from toolkit.checkpoint.config import Config, normalize_rope
+from toolkit.checkpoint.config import Config
+from toolkit.checkpoint.rope import normalize_rope
 from toolkit.decoder import Decoder, TensorNames
 from toolkit.errors import UnsupportedError
 
@@ -22,7 +23,7 @@ class Evidence:
 class Family(Protocol):
     """What families/<name>.py offers; `VERIFIED` has every format that can hold the family."""
 
-    ARCHITECTURE: str
+    ARCHITECTURES: Sequence[str]
     MODELS: str
     VERIFIED: Mapping[str, Evidence]
 
@@ -40,9 +41,9 @@ def find_family(config: Config) -> Family:
     names = [info.name for info in pkgutil.iter_modules(__path__)]
     modules = [cast(Family, importlib.import_module(f"{__name__}.{name}")) for name in names]
     for module in modules:
-        if config.architecture == module.ARCHITECTURE:
+        if config.architecture in module.ARCHITECTURES:
             return module
-    supported = "; ".join(f"{m.ARCHITECTURE} ({m.MODELS})" for m in modules)
+    supported = "; ".join(f"{', '.join(m.ARCHITECTURES)} ({m.MODELS})" for m in modules)
     raise UnsupportedError(
         f"{config.where}: architectures: got {config.architecture or 'nothing'!r} "
         f"(model_type {config.model_type!r}); supported: {supported}"

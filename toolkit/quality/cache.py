@@ -43,7 +43,7 @@ def name_states(
     """
     modules = (reading, lora, safetensors, reference)
     code = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
-    names = sorted({info.file for info in checkpoint.tensors.values()})
+    names = checkpoint.files
     stats = [(checkpoint.folder / name).stat() for name in names]
     files = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats, strict=True)]
     weights = [checkpoint.fingerprint(), *files]
