@@ -8,7 +8,8 @@ from toolkit import catalog, formats
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
 from toolkit.checkpoint.hub import is_local, resolve
-from toolkit.checkpoint.lora import MergedCheckpoint, look, merge
+from toolkit.checkpoint.merged import MergedCheckpoint, merge
+from toolkit.checkpoint.peft import look
 from toolkit.console import Console
 from toolkit.decoder import Decoder
 from toolkit.errors import CheckpointError, PlanError, SettingsError, UnsupportedError
@@ -59,7 +60,7 @@ def choose_adapter(recipe: Recipe | None, given: Path | None, *, apart: bool) ->
 def _check_used(merged: MergedCheckpoint, adapter: Path) -> None:
     """UnsupportedError for an update of what no build reads, as the head of a tied model."""
     decoder = read_decoder(merged.config)
-    if unused := sorted(set(merged.adapter.updates) - set(decoder.all_shapes())):
+    if unused := sorted(set(merged.adapter.changes) - set(decoder.all_shapes())):
         raise UnsupportedError(
             f"{adapter}: {unused[0]}: the model does not use this tensor of {merged.folder}"
             + (", its head is its embedding" if decoder.is_tied else ""),

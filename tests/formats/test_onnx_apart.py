@@ -27,8 +27,9 @@ from tests.small_checkpoints import write_small_checkpoint
 from tests.vision_checkpoints import write_vision_checkpoint
 from toolkit import formats
 from toolkit.build import build
-from toolkit.checkpoint import Checkpoint, lora
-from toolkit.checkpoint.lora import MergedCheckpoint
+from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint import merged as merging
+from toolkit.checkpoint.merged import MergedCheckpoint
 from toolkit.console import Console
 from toolkit.errors import BuildError, CheckpointError, PlanError
 from toolkit.families import read_decoder
@@ -79,8 +80,8 @@ def digest(path: Path) -> str:
 def merge(base: Checkpoint, folder: Path, *ends: str) -> MergedCheckpoint:
     """The checkpoint with an adapter of the matrices whose names end so."""
     shapes = {name: info.shape for name, info in base.tensors.items()}
-    merged = lora.merge(base, write_adapter(folder, make_adapter(shapes, modules=ends)))
-    found = {end for end in ends for name in merged.adapter.updates if f"{end}.weight" in name}
+    merged = merging.merge(base, write_adapter(folder, make_adapter(shapes, modules=ends)))
+    found = {end for end in ends for name in merged.adapter.changes if f"{end}.weight" in name}
     assert found == {*ends}  # none is left out
     return merged
 
@@ -93,7 +94,7 @@ class Case:
         self.base = Checkpoint.open(write_random_checkpoint(folder / "source", VARIANT, seed=SEED))
         self.shapes = {name: info.shape for name, info in self.base.tensors.items()}
         adapter = write_case(folder / "patterns", "patterns", self.shapes)
-        self.merged = lora.merge(self.base, adapter)
+        self.merged = merging.merge(self.base, adapter)
         self.decoder = read_decoder(self.base.config)
         self.ids = case_ids(self.base.folder, LENGTH)
         self.plain = {
@@ -164,7 +165,7 @@ def test_adapters_of_the_same_modules_share_the_graph(case: Case, tmp_path: Path
     """Whatever their ranks, scales and values."""
     arrays = make_adapter(case.shapes, {"qkv_proj": 16, "down_proj": 1}, seed=7)
     ranks = {"rank_pattern": {"qkv_proj": 16, "down_proj": 1}}
-    merged = lora.merge(case.base, write_adapter(tmp_path / "other", arrays, **ranks))
+    merged = merging.merge(case.base, write_adapter(tmp_path / "other", arrays, **ranks))
     other = write(make(**FLOAT), merged, tmp_path)
     assert digest(other / "model.onnx") == digest(case.apart["fp32"] / "model.onnx")
     # So the first one's model takes the other's file.
@@ -295,7 +296,7 @@ def test_values_beyond_float16_are_refused(case: Case, tmp_path: Path) -> None:
     arrays = make_adapter(case.shapes)
     name = next(name for name in arrays if "lora_B" in name)
     arrays[name] = arrays[name] + np.float32(70_000)
-    merged = lora.merge(case.base, write_adapter(tmp_path / "large", arrays))
+    merged = merging.merge(case.base, write_adapter(tmp_path / "large", arrays))
     with pytest.raises(
         CheckpointError, match=r"lora_B\.weight: a weight is not finite \(NaN, Inf or"
     ):

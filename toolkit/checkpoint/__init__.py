@@ -91,6 +91,15 @@ class Checkpoint:
         """config.json, as an artifact has it."""
         return (self.folder / "config.json").read_bytes()
 
+    def dump_config(self) -> bytes:
+        """`config` as a file."""
+        return json.dumps(dict(self.config.fields), indent=2).encode() + b"\n"
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer's files and the chat template."""
+        return self.folder
+
     @property
     def adapter_digest(self) -> str:
         """Hex sha256 of the adapter that is merged in (lora.py); empty without one."""
@@ -116,7 +125,7 @@ class Checkpoint:
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
         """tokenizer_config.json; empty when there is none."""
-        path = self.folder / "tokenizer_config.json"
+        path = self.tokenizer_folder / "tokenizer_config.json"
         return read_json(path) if path.is_file() else {}
 
     @cached_property
@@ -139,7 +148,7 @@ class Checkpoint:
 
     def _added_ids(self, content: str) -> list[int]:
         """Ids of an added token by its text, from tokenizer.json; none when there is no file."""
-        path = self.folder / "tokenizer.json"
+        path = self.tokenizer_folder / "tokenizer.json"
         if self._has_ranks_only:
             specials = ranks.list_added(self._ranks_file, self._vocab, self._listed_tokens())
             return [token for token, text in specials.items() if text == content]
@@ -159,7 +168,11 @@ class Checkpoint:
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files that are there."""
-        return [self.folder / n for n in TOKENIZER_FILES if (self.folder / n).is_file()]
+        return [
+            self.tokenizer_folder / n
+            for n in TOKENIZER_FILES
+            if (self.tokenizer_folder / n).is_file()
+        ]
 
     @cached_property
     def made_tokenizer(self) -> bytes | None:
@@ -175,11 +188,13 @@ class Checkpoint:
 
     @property
     def _ranks_file(self) -> Path:
-        return self.folder / ranks.RANKS_FILE
+        return self.tokenizer_folder / ranks.RANKS_FILE
 
     @property
     def _has_ranks_only(self) -> bool:
-        return self._ranks_file.is_file() and not (self.folder / "tokenizer.json").is_file()
+        return (
+            self._ranks_file.is_file() and not (self.tokenizer_folder / "tokenizer.json").is_file()
+        )
 
     @property
     def _vocab(self) -> int:
@@ -329,7 +344,7 @@ class Checkpoint:
         moves weights in the sampled parts.
         """
         digest = hashlib.sha256()
-        configs = [self.folder / name for name in CONFIG_FILES]
+        configs = [self.tokenizer_folder / name for name in CONFIG_FILES]
         for path in [*filter(Path.is_file, configs), *self.tokenizer_files()]:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         for name in sorted(self.tensors):

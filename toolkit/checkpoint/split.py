@@ -7,10 +7,10 @@ above it knows one architecture. Sources: models/llama, models/mistral and model
 transformers.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from toolkit.checkpoint import PIECE_WEIGHTS, Checkpoint, to_float32
 from toolkit.checkpoint.config import Config
 from toolkit.checkpoint.rope import LONGROPE_NAMES, read_scaling
 from toolkit.checkpoint.safetensors import TensorInfo
-from toolkit.decoder import Decoder
+from toolkit.decoder import Decoder, Rows
 from toolkit.errors import UnsupportedError
 
 FUSED = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
@@ -118,7 +118,7 @@ class FusedCheckpoint(Checkpoint):
 
     def config_bytes(self) -> bytes:
         """config.json of the fused model."""
-        return json.dumps(dict(self.config.fields), indent=2).encode() + b"\n"
+        return self.dump_config()
 
     def check(self, decoder: Decoder) -> None:
         """Compare names and shapes as they are stored; CheckpointError on any difference."""
@@ -167,6 +167,22 @@ def list_parts(fused: str) -> tuple[str, ...]:
         if fused.endswith(end):
             return tuple(fused.removesuffix(end) + part for part in parts)
     return ()
+
+
+def locate_parts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Rows]:
+    """Which rows of a fused matrix each part is, by its name; `shapes` are a checkpoint's."""
+    found = {}
+    for name, shape in shapes.items():
+        parts = list_parts(name)
+        rows = [shape[0] // 2] * 2
+        if len(parts) == 3:  # queries are as wide as what the output projection takes
+            queries = shapes[parts[0].replace("q_proj", "o_proj")][1]
+            keys = (shape[0] - queries) // 2
+            rows = [queries, keys, keys]
+        starts = accumulate(rows, initial=0)
+        for part, start, count in zip(parts, starts, rows, strict=False):
+            found[part] = Rows(name, start, count)
+    return found
 
 
 def _list_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:

@@ -157,10 +157,10 @@ def _raise_exception(message: str) -> None:
 
 def _find_source(checkpoint: Checkpoint) -> tuple[str, str]:
     """Where the template stands and its text; the file wins over the config, as in transformers."""
-    path = checkpoint.folder / "chat_template.jinja"
+    path = checkpoint.tokenizer_folder / "chat_template.jinja"
     if path.is_file():
         return str(path), path.read_text(encoding="utf-8")
-    where = f"{checkpoint.folder / 'tokenizer_config.json'}: chat_template"
+    where = f"{checkpoint.tokenizer_folder / 'tokenizer_config.json'}: chat_template"
     found = checkpoint.tokenizer_config.get("chat_template")
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found}
@@ -175,7 +175,7 @@ def _find_source(checkpoint: Checkpoint) -> tuple[str, str]:
 
 def _special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     """The special tokens a template may write, as text."""
-    path = checkpoint.folder / "special_tokens_map.json"
+    path = checkpoint.tokenizer_folder / "special_tokens_map.json"
     fields: dict[str, Any] = read_json(path) if path.is_file() else {}
     fields |= {key: value for key, value in checkpoint.tokenizer_config.items() if value}
     tokens = {name: fields[name] for name in SPECIAL_TOKENS if fields.get(name)}

@@ -30,7 +30,7 @@ KNOWN_STOPS = ("<|end|>", "<|endoftext|>", "</s>")
 def header_bytes(recipe: GgufRecipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
     """Everything before the data, padded to its alignment."""
     writer = require("gguf").GGUFWriter(path=None, arch=decoder.family)
-    vocabulary = read_vocabulary(checkpoint.folder, decoder.vocab)
+    vocabulary = read_vocabulary(checkpoint.tokenizer_folder, decoder.vocab)
     _add_general(writer, recipe, decoder, vocabulary.tokens)
     _add_architecture(writer, decoder, checkpoint)
     _add_tokenizer(writer, checkpoint, vocabulary)
@@ -88,7 +88,7 @@ def _add_tokenizer(writer: Any, checkpoint: Checkpoint, vocabulary: Vocabulary) 
     writer.add_token_types([int(token.kind) for token in tokens])
     logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of Phi-3's own post-processor
     special = require("gguf").SpecialVocab(
-        checkpoint.folder, load_merges=vocabulary.is_byte_level, n_vocab=len(tokens)
+        checkpoint.tokenizer_folder, load_merges=vocabulary.is_byte_level, n_vocab=len(tokens)
     )
     strippers = texts_to_strip(tokens)
     if strippers:

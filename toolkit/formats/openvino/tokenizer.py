@@ -28,7 +28,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     CheckpointError when the tokenizer cannot be read or has something that they cannot express.
     """
     with tempfile.TemporaryDirectory() as name:
-        scratch, where = Path(name), str(checkpoint.folder)
+        scratch, where = Path(name), str(checkpoint.tokenizer_folder)
         checkpoint.write_tokenizer(scratch)
         size_bytes = sum(path.stat().st_size for path in scratch.iterdir())
         (scratch / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
