@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from toolkit import catalog, formats
@@ -82,24 +83,30 @@ def list_recipes(checkpoint: Checkpoint, reference: str, kinds: Collection[str])
 def find_model(decoder: Decoder, hint: str) -> str:
     """Name of the bundled model with this checkpoint's shape; PlanError when there is none.
 
-    Where two have the same shape (3-mini-128k and 3.5-mini), `hint`, the checkpoint's id or path,
+    A fine-tune may have another vocabulary or window: it is that model where no other is. Where
+    two have the same shape (3-mini-128k and 3.5-mini), `hint`, the checkpoint's id or path,
     decides; their recipes make the same bytes.
     """
-    found = {}
-    for name in catalog.names("models"):
-        model = catalog.load_model(name)
-        if _shape(read_decoder(Config(name, model.config))) == _shape(decoder):
-            found[name] = model.id.rpartition("/")[2].lower()
+    models = {name: catalog.load_model(name) for name in catalog.names("models")}
+    decoders = {name: read_decoder(Config(name, m.config)) for name, m in models.items()}
+    found = [name for name, one in decoders.items() if _shape(one) == _shape(decoder)]
+    found = found or [name for name, one in decoders.items() if _size(one) == _size(decoder)]
     if not found:
         raise PlanError(
             f"no bundled model has this checkpoint's shape ({decoder.layers} layers x "
             f"{decoder.hidden}, vocabulary {decoder.vocab}, context {decoder.context})",
             advice="name a recipe with --recipe: any whose format you want works",
         )
-    named = [name for name, tail in found.items() if tail in hint.lower()]
-    return (named or list(found))[0]
+    named = [name for name in found if models[name].id.rpartition("/")[2].lower() in hint.lower()]
+    return (named or found)[0]
 
 
 def _shape(decoder: Decoder) -> tuple[object, ...]:
     """What tells the models apart."""
     return (decoder.shapes(), decoder.context, decoder.kv_heads, decoder.window, decoder.vision)
+
+
+def _size(decoder: Decoder) -> tuple[object, ...]:
+    """The same without what a fine-tune may change: vocabulary, window, a head of its own."""
+    one = replace(decoder, vocab=1, is_tied=True)
+    return (one.shapes(), one.context, one.kv_heads, one.vision)

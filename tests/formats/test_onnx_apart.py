@@ -15,6 +15,7 @@ import onnxruntime_genai
 import pytest
 from numpy.typing import NDArray
 
+from tests import peft_adapters
 from tests.adapters import make_adapter, write_adapter, write_case
 from tests.checkpoints import write_random_checkpoint, write_safetensors
 from tests.golden.cases import LORA_GOLDEN as GOLDEN
@@ -126,6 +127,42 @@ def test_with_the_adapter_it_is_the_merged_checkpoint(case: Case) -> None:
 def test_without_the_adapter_it_is_the_base(kind: str, case: Case) -> None:
     found = read_logits(case.apart[kind], case.ids)
     assert np.array_equal(found, read_logits(case.plain[kind], case.ids))
+
+
+def test_updates_of_split_modules_are_one_branch(case: Case, tmp_path: Path) -> None:
+    """q, k and v are rows of one matrix: their ranks together, B in blocks."""
+    shapes = {
+        f"model.layers.{layer}.{module}.weight": shape
+        for layer in range(2)
+        for module, shape in (
+            ("self_attn.q_proj", (256, 256)),
+            ("self_attn.v_proj", (128, 256)),
+            ("mlp.up_proj", (512, 256)),
+        )
+    }
+    arrays = make_adapter(shapes, modules=("q_proj", "v_proj", "up_proj"))
+    merged = merging.merge(case.base, write_adapter(tmp_path / "adapter", arrays))
+    found = read_logits(write(make(**FLOAT), merged, tmp_path / "out"), case.ids, **ACTIVE)
+    expected = reference.forward(merged, case.decoder, case.ids)
+    assert np.abs(found - expected).max() < TOLERANCE
+    plan = make_plan(make(**FLOAT), case.decoder, adapter=merged.adapter)
+    assert plan.adapter_bytes >= (tmp_path / "out" / "x" / "adapter.onnx_adapter").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("dora", "has DoRA's magnitudes for it"),
+        ("saved", "has a saved module for it"),
+        ("embedding", "has LoRA of the embedding for it"),
+        ("tokens", "has trained tokens for it"),
+    ],
+)
+def test_what_no_branch_holds_is_refused(kind: str, says: str, tmp_path: Path) -> None:
+    base = Checkpoint.open(peft_adapters.write_base(tmp_path / "base", kind))
+    merged = merging.merge(base, peft_adapters.write_case(tmp_path / "adapter", kind))
+    with pytest.raises(PlanError, match=says):
+        make_plan(make(**FLOAT), read_decoder(merged.config), adapter=merged.adapter)
 
 
 def test_int4_is_the_bases_codes_and_the_adapter(case: Case, tmp_path: Path) -> None:

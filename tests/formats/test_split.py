@@ -1,25 +1,32 @@
 """Split checkpoints: read as transformers reads them, written byte for byte as fused ones."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.checkpoints import random_weights
+from tests.checkpoints import random_weights, write_safetensors
 from tests.formats.writing import write_artifact
 from tests.golden.cases import case_ids, select
 from tests.golden.split_cases import CASES, GOLDEN, SEED
 from tests.quality.artifacts import FORMATS, make_recipe
 from tests.split_checkpoints import (
+    LLAMA3,
     VARIANTS,
     split_config,
+    split_weights,
     write_parts,
     write_split_checkpoint,
 )
+from toolkit import catalog
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.config import Config
+from toolkit.errors import CheckpointError, PhishipError, PlanError
 from toolkit.families import read_decoder
 from toolkit.quality import reference
+from toolkit.source import find_model
 
 # Two float32 forward passes that add in other orders (tests/quality/test_reference.py).
 TOLERANCE = 1e-4
@@ -66,3 +73,100 @@ def test_every_byte_is_that_of_the_fused_checkpoint(kind: str, tmp_path: Path) -
     assert found.keys() == expected.keys()
     for name, content in expected.items():
         assert found[name] == content, name
+
+
+def test_parts_of_several_types_are_read_exactly(tmp_path: Path) -> None:
+    config = split_config("llama")
+    weights = split_weights(random_weights(config), config)
+    keys = {name: weight for name, weight in weights.items() if "k_proj" in name}
+    others = {name: weight for name, weight in weights.items() if name not in keys}
+    write_parts(tmp_path, config, {})
+    (tmp_path / "model.safetensors").unlink()
+    names = {"a.safetensors": keys, "b.safetensors": others}
+    for (file, tensors), dtype in zip(names.items(), ("f32", "bf16"), strict=True):
+        write_safetensors(tmp_path / file, tensors, dtype)
+    index = {"weight_map": {name: file for file, some in names.items() for name in some}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint.check(read_decoder(checkpoint.config))
+    assert checkpoint.files == ["a.safetensors", "b.safetensors"]
+    fused = checkpoint.read("model.layers.0.self_attn.qkv_proj.weight")
+    key = "model.layers.0.self_attn.k_proj.weight"
+    assert np.array_equal(fused[256:384], keys[key])
+    queries = weights["model.layers.0.self_attn.q_proj.weight"]
+    np.testing.assert_allclose(fused[:256], queries, rtol=2**-8)
+
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({K_PROJ: None}, r"k_proj\.weight \[128, 256\] is missing"),
+        ({K_PROJ: (256, 128)}, r"k_proj\.weight: found \[256, 128\]; expected \[128, 256\]"),
+        ({K_PROJ: (64, 256)}, r"k_proj\.weight: found \[64, 256\]; expected \[128, 256\]"),
+        ({"model.layers.0.mlp.up_proj.weight": None}, r"up_proj\.weight \[512, 256\] is missing"),
+        ({K_PROJ.replace("weight", "bias"): (128,)},
+         r"k_proj\.bias is not part of LlamaForCausalLM"),
+        ({"model.layers.0.self_attn.q_norm.weight": (64,)}, r"q_norm\.weight is not part of Llama"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_named(
+    changes: dict[str, tuple[int, ...] | None], says: str, tmp_path: Path
+) -> None:
+    config = split_config("llama")
+    weights = split_weights(random_weights(config), config)
+    for name, shape in changes.items():
+        weights.pop(name, None)
+        if shape:
+            weights[name] = np.zeros(shape, np.float32)
+    checkpoint = Checkpoint.open(write_parts(tmp_path, config, weights))
+    with pytest.raises(CheckpointError, match=says):
+        checkpoint.check(read_decoder(checkpoint.config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"attention_bias": True}, "attention_bias: got True; supported: false"),
+        ({"mlp_bias": True}, "mlp_bias: got True; supported: false"),
+        ({"use_qk_norm": True}, "norms of queries and keys"),
+        ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'; allowed 'silu'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5; allowed 1"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "type: got 'yarn'; supported"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor: got 0; allowed a number"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}},
+         "high_freq_factor: got 1.0; allowed more than low_freq_factor"),
+    ],
+)  # fmt: skip
+def test_what_phi3_has_not_is_refused_by_name(fields: dict[str, Any], says: str) -> None:
+    config = Config("config.json", {**split_config("llama"), **fields})
+    with pytest.raises(PhishipError) as caught:
+        read_decoder(config)
+    assert says in str(caught.value)
+
+
+def test_what_a_config_leaves_out_is_transformers_default() -> None:
+    fields = {"architectures": ["MistralForCausalLM"], "model_type": "mistral",
+              "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16,
+              "num_hidden_layers": 2, "vocab_size": 100}  # fmt: skip
+    decoder = read_decoder(Config("config.json", fields))
+    found = decoder.kv_heads, decoder.norm_epsilon, decoder.window, decoder.context
+    assert found == (8, 1e-6, 4096, 131072)
+    llama = {**fields, "architectures": None, "model_type": "llama", "sliding_window": 16}
+    decoder = read_decoder(Config("config.json", llama))
+    found = decoder.kv_heads, decoder.norm_epsilon, decoder.window, decoder.context
+    assert found == (16, 1e-6, None, 2048)
+
+
+def test_a_split_model_is_the_bundled_one() -> None:
+    """Its recipes then apply; as unsloth publishes it, and with tokens of a fine-tune's own."""
+    fields = dict(catalog.load_model("phi-3.5-mini").config)
+    for changes in ({}, {"vocab_size": 32100}, {"tie_word_embeddings": True}):
+        split = {**fields, "architectures": ["LlamaForCausalLM"], "model_type": "llama", **changes}
+        decoder = read_decoder(Config("config.json", split))
+        assert find_model(decoder, "unsloth/Phi-3.5-mini-instruct") == "phi-3.5-mini"
+    with pytest.raises(PlanError, match="no bundled model") as caught:
+        find_model(read_decoder(Config("config.json", split_config("llama"))), "x")
+    assert "--recipe" in str(caught.value.advice)

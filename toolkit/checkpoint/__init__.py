@@ -17,7 +17,8 @@ from toolkit import fileio
 from toolkit.checkpoint import ranks
 from toolkit.checkpoint.config import Config, read_config, read_json
 from toolkit.checkpoint.preprocessor import PREPROCESSOR_FILE, read_preprocessing
-from toolkit.checkpoint.safetensors import TensorInfo, read_index
+from toolkit.checkpoint.quantized import check_quantization
+from toolkit.checkpoint.safetensors import FP8, TensorInfo, read_index
 from toolkit.decoder import Decoder
 from toolkit.errors import CheckpointError
 from toolkit.vision import Preprocessing
@@ -38,6 +39,7 @@ RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
+    FP8: np.dtype("u1"),  # codes, which fp8.py makes floats of
 }
 END_OF_TURN = "<|end|>"
 PIECE_WEIGHTS = 1 << 21
@@ -80,6 +82,7 @@ class Checkpoint:
                 advice="give a folder, or a Hugging Face id such as owner/name@revision",
             )
         config = read_config(folder / "config.json")
+        check_quantization(config)
         return present(cls(folder, config, read_index(folder), revision))
 
     @property

@@ -15,6 +15,7 @@ from toolkit.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint
 from toolkit.checkpoint.config import Config, read_config
 from toolkit.checkpoint.download import RemoteFile, fetch
 from toolkit.checkpoint.hub_errors import explain, host, is_unreachable
+from toolkit.checkpoint.quantized import check_quantization
 from toolkit.checkpoint.safetensors import INDEX, SINGLE, read_weight_map
 from toolkit.console import Console, format_bytes
 from toolkit.errors import CheckpointError, PhishipError
@@ -119,8 +120,10 @@ class _Download:
         self._tell(commit)
         _require_checkpoint(repository, siblings)
         folder = self._fetch_small(commit, [name for name in SMALL_FILES if name in siblings])
+        config = read_config(folder / "config.json")
+        check_quantization(config)
         if accept:
-            accept(read_config(folder / "config.json"))
+            accept(config)
         weights = _weight_files(repository, folder, siblings)
         self._fetch_weights(commit, [siblings[name] for name in weights])
         self._fetch_small(commit, [*(name for name in SMALL_FILES if name in siblings), *weights])

@@ -65,10 +65,10 @@ class Change:
     def beyond(self) -> str:
         """What it is besides a linear layer's low-rank update; empty where that is all."""
         found = {
-            "a saved module": self.saved,
-            "trained tokens": self.tokens,
-            "DoRA's magnitudes": self.magnitude,
             "LoRA of the embedding": self.is_embedding,
+            "DoRA's magnitudes": self.magnitude,
+            "trained tokens": self.tokens,
+            "a saved module": self.saved,
         }
         return next((what for what, is_so in found.items() if is_so), "")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolkit.checkpoint.config import Config, read_config
-from toolkit.checkpoint.safetensors import TensorInfo, read_header
+from toolkit.checkpoint.safetensors import FP8, TensorInfo, read_header
 from toolkit.errors import CheckpointError, UnsupportedError
 
 CONFIG = "adapter_config.json"
@@ -130,6 +130,11 @@ def look(folder: Path) -> Found:
             advice="save the adapter as safetensors; pickles are not read",
         )
     tensors = read_header(folder / WEIGHTS)
+    if coded := next((info for info in tensors.values() if info.dtype == FP8), None):
+        raise UnsupportedError(
+            f"{folder / WEIGHTS}: {coded.name}: dtype: got {FP8!r}; allowed BF16, F16, F32",
+            advice=MERGE,
+        )
     return Found(config, tensors, _list_modules(folder, tensors))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from toolkit import __version__
 from toolkit import checkpoint as reading
-from toolkit.checkpoint import Checkpoint, lora, merged, safetensors, split
+from toolkit.checkpoint import Checkpoint, fp8, lora, merged, safetensors, split
 from toolkit.decoder import Decoder
 from toolkit.quality import reference
 from toolkit.quality.reference import Array
@@ -41,7 +41,7 @@ def name_states(
 
     The fingerprint looks at the ends of tensors only; the files' times tell of an edit in between.
     """
-    modules = (reading, lora, merged, safetensors, split, reference)
+    modules = (reading, fp8, lora, merged, safetensors, split, reference)
     code = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
     names = checkpoint.files
     stats = [(checkpoint.folder / name).stat() for name in names]
