@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import random_weights, write_safetensors
+from tests.formats.test_published_contexts import EXACT, HALF
+from tests.formats.test_published_contexts import make_recipe as make_float_recipe
 from tests.formats.writing import write_artifact
 from tests.golden.cases import case_ids, select
 from tests.golden.split_cases import CASES, GOLDEN, SEED
@@ -20,11 +22,12 @@ from tests.split_checkpoints import (
     write_parts,
     write_split_checkpoint,
 )
-from toolkit import catalog
+from toolkit import catalog, formats
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
 from toolkit.errors import CheckpointError, PhishipError, PlanError
 from toolkit.families import read_decoder
+from toolkit.plan import make_plan
 from toolkit.quality import reference
 from toolkit.source import find_model
 
@@ -73,6 +76,30 @@ def test_every_byte_is_that_of_the_fused_checkpoint(kind: str, tmp_path: Path) -
     assert found.keys() == expected.keys()
     for name, content in expected.items():
         assert found[name] == content, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [*((kind, "llama3") for kind in FORMATS), ("onnx", "narrow"), ("openvino", "narrow")],
+)
+def test_runtimes_have_transformers_logits(kind: str, variant: str, tmp_path: Path) -> None:
+    """Frequencies divided by constants, and heads that are not as wide as the model together."""
+    checkpoint = Checkpoint.open(write_split_checkpoint(tmp_path / "source", variant, seed=SEED))
+    (tmp_path / "out").mkdir()
+    write_artifact(make_float_recipe(kind, None, 256), checkpoint, tmp_path / "out")
+    session = formats.get(kind).open_session(tmp_path / "out")
+    length = CASES[variant][-1]
+    found = select(session.logits(case_ids(tmp_path / "source", length)))
+    session.close()
+    expected = np.load(GOLDEN)[f"{variant}-{length}"]
+    assert np.abs(found - expected).max() < (HALF if kind == "gguf" else EXACT)
+
+
+@pytest.mark.parametrize("kind", ["gguf", "mlx"])
+def test_heads_that_a_runtime_cannot_have_are_refused(kind: str) -> None:
+    decoder = read_decoder(Config("config.json", split_config("narrow")))
+    with pytest.raises(PlanError, match=r"needs heads x head_dim = hidden_size.*2 x 64 and 256"):
+        make_plan(make_recipe(kind), decoder)
 
 
 def test_parts_of_several_types_are_read_exactly(tmp_path: Path) -> None:
