@@ -59,9 +59,8 @@ def open_exporter(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Iterator[
     module = formats.get_vendor(plan.recipe.format)
     if isinstance(checkpoint, FusedCheckpoint):
         raise PlanError(
-            f"{plan.recipe.name}: engine: vendor: {module.VENDOR.title} converts a checkpoint as "
-            f"it is stored, {checkpoint.folder} with split projections; artifacts here are of "
-            "fused ones",
+            f"{plan.recipe.name}: engine: vendor would make a model with split projections, as "
+            f"{checkpoint.folder} stores them; artifacts here have fused ones",
             advice=NATIVE,
         )
     environment = locate(module.VENDOR)

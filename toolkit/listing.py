@@ -1,6 +1,7 @@
 """What the looking commands show: lists, plans, probes, status, vendors."""
 
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def show_plan(
     found = find_adapter(opened) if opened else None
     if adapter and not opened:
         found = read_adapter(adapter, decoder.all_shapes(), recipe.model, is_tied=decoder.is_tied)
+        is_tied = decoder.is_tied and not found.is_untied
+        decoder = replace(decoder, vocab=found.vocab or decoder.vocab, is_tied=is_tied)
     plan = make_plan(
         recipe,
         decoder,

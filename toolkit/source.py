@@ -18,6 +18,7 @@ from toolkit.families import read_decoder
 from toolkit.recipe import Recipe
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+QUANTIZED_ENDS = ("-bnb-4bit", "-unsloth")  # as unsloth names them, in this order
 
 
 def open_source(reference: str, console: Console, adapter: Path | None = None) -> Checkpoint:
@@ -28,8 +29,9 @@ def open_source(reference: str, console: Console, adapter: Path | None = None) -
     """
     if adapter is None:
         return resolve(reference, console, accept=read_decoder)
-    base, given = look(adapter).base, reference.partition("@")[0]
-    if not is_local(reference) and HUB_ID.fullmatch(base) and base.lower() != given.lower():
+    base = look(adapter).base
+    is_id = not is_local(reference) and HUB_ID.fullmatch(base)
+    if is_id and _shorten_id(base) != _shorten_id(reference):
         raise CheckpointError(
             f"{adapter}: base_model_name_or_path: got {base!r}; the checkpoint is {reference}",
             advice="give the checkpoint that the adapter was trained on, or its folder",
@@ -37,6 +39,17 @@ def open_source(reference: str, console: Console, adapter: Path | None = None) -
     merged = merge(resolve(reference, console, accept=read_decoder), adapter)
     _check_used(merged, adapter)
     return merged
+
+
+def _shorten_id(reference: str) -> str:
+    """A repository's name without owner and revision, and what names a copy in 4 bits.
+
+    Adapters are trained on such copies, also of other owners; the 16-bit model is what is built.
+    """
+    name = reference.partition("@")[0].rpartition("/")[2].lower()
+    for end in QUANTIZED_ENDS:
+        name = name.removesuffix(end)
+    return name
 
 
 def choose_adapter(recipe: Recipe | None, given: Path | None, *, apart: bool) -> Path | None:
@@ -95,7 +108,8 @@ def find_model(decoder: Decoder, hint: str) -> str:
         raise PlanError(
             f"no bundled model has this checkpoint's shape ({decoder.layers} layers x "
             f"{decoder.hidden}, vocabulary {decoder.vocab}, context {decoder.context})",
-            advice="name a recipe with --recipe: any whose format you want works",
+            advice="name a recipe of the format you want, of any model: phiship build RECIPE, or "
+            "phiship ship --recipe RECIPE; a path to a .yaml file of your own works too",
         )
     named = [name for name in found if models[name].id.rpartition("/")[2].lower() in hint.lower()]
     return (named or found)[0]

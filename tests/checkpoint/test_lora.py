@@ -206,8 +206,11 @@ def test_the_id_of_another_base_is_refused(
     other = write_adapter(tmp_path / "other", make_adapter(SHAPES))
     with pytest.raises(CheckpointError, match=r"base_model_name_or_path: got 'somewhere/else'"):
         open_source(reference, console, other)
-    own = write_adapter(tmp_path / "own", make_adapter(SHAPES), base_model_name_or_path=ID)
-    assert open_source(reference, console, own).adapter_digest
+    # Its own name, and that of a copy in 4 bits, as unsloth publishes them.
+    for base in (ID, f"unsloth/{ID.rpartition('/')[2]}-unsloth-bnb-4bit"):
+        arrays = make_adapter(SHAPES)
+        own = write_adapter(tmp_path / base, arrays, base_model_name_or_path=base)
+        assert open_source(reference, console, own).adapter_digest
 
 
 def test_a_folder_is_taken_whatever_the_adapter_calls_its_base(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -23,12 +24,16 @@ from tests.split_checkpoints import (
     write_split_checkpoint,
 )
 from toolkit import catalog, formats
+from toolkit.build import build
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
+from toolkit.console import Console
 from toolkit.errors import CheckpointError, PhishipError, PlanError
 from toolkit.families import read_decoder
+from toolkit.job import Options
 from toolkit.plan import make_plan
 from toolkit.quality import reference
+from toolkit.report import Report
 from toolkit.source import find_model
 
 # Two float32 forward passes that add in other orders (tests/quality/test_reference.py).
@@ -197,3 +202,15 @@ def test_a_split_model_is_the_bundled_one() -> None:
     with pytest.raises(PlanError, match="no bundled model") as caught:
         find_model(read_decoder(Config("config.json", split_config("llama"))), "x")
     assert "--recipe" in str(caught.value.advice)
+
+
+def test_chosen_codes_are_those_of_the_fused_checkpoint(tmp_path: Path) -> None:
+    recipe = make_recipe("gguf", method="gptq", calibration_tokens=128)
+    recipe = msgspec.structs.replace(recipe, context_length=128)
+    options, console = Options(check=False, workers=2), Console(as_json=True)
+    files = []
+    for number, source in enumerate(write_both(tmp_path, "llama")):
+        out = tmp_path / f"out-{number}"
+        folder = build(recipe, source, out, options, console, Report("x"))
+        files.append((folder / "model.gguf").read_bytes())
+    assert files[0] == files[1]
