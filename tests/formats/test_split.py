@@ -30,6 +30,7 @@ from toolkit.checkpoint.config import Config
 from toolkit.console import Console
 from toolkit.errors import CheckpointError, PhishipError, PlanError
 from toolkit.families import read_decoder
+from toolkit.formats.gguf.layout import rope_factors
 from toolkit.job import Options
 from toolkit.plan import make_plan
 from toolkit.quality import reference
@@ -100,6 +101,13 @@ def test_runtimes_have_transformers_logits(kind: str, variant: str, tmp_path: Pa
     assert np.abs(found - expected).max() < (HALF if kind == "gguf" else EXACT)
 
 
+def test_constants_hold_for_every_context_that_llama_cpp_allocates() -> None:
+    """It takes the long factors where it allocates more than the model's context."""
+    factors = rope_factors(read_decoder(Config("config.json", split_config("llama3"))))
+    assert factors["rope_factors_long.weight"] == factors["rope_factors_short.weight"]
+    assert len(set(factors["rope_factors_long.weight"])) > 2
+
+
 @pytest.mark.parametrize("kind", ["gguf", "mlx"])
 def test_heads_that_a_runtime_cannot_have_are_refused(kind: str) -> None:
     decoder = read_decoder(Config("config.json", split_config("narrow")))
@@ -122,7 +130,9 @@ def test_parts_of_several_types_are_read_exactly(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     checkpoint.check(read_decoder(checkpoint.config))
     assert checkpoint.files == ["a.safetensors", "b.safetensors"]
-    fused = checkpoint.read("model.layers.0.self_attn.qkv_proj.weight")
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    assert {raw.dtype for _, raw in checkpoint.read_rows(name)} == {np.dtype(np.float32)}
+    fused = checkpoint.read(name)
     key = "model.layers.0.self_attn.k_proj.weight"
     assert np.array_equal(fused[256:384], keys[key])
     queries = weights["model.layers.0.self_attn.q_proj.weight"]
