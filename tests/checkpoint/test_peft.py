@@ -127,6 +127,13 @@ def test_a_tied_model_stays_tied_where_its_tensors_stay_the_same(tmp_path: Path)
     merged = merge(Checkpoint.open(folder), adapter)
     assert not merged.adapter.is_untied
     assert read_decoder(merged.config).is_tied
+    larger = {name: np.concatenate([array, array[:8]]) for name, array in arrays.items()
+              if EMBEDDING in name}  # fmt: skip
+    resized = write_adapter(tmp_path / "resized", {**arrays, **larger})
+    copy_tokenizer(resized)
+    merged = merge(merged.base, resized)
+    assert not merged.adapter.is_untied
+    merged.check(read_decoder(merged.config))
     other = {name: array + 1 for name, array in same.items()}
     apart = merge(merged.base, write_adapter(tmp_path / "apart", {**arrays, **other}))
     assert apart.adapter.is_untied
@@ -156,6 +163,7 @@ def refuse(folder: Path, case: str, arrays: Any, **settings: Any) -> PhishipErro
         ({f"{Q_PROJ.replace('.0.', '.7.')}.weight": (256, 256)}, "has no such matrix"),
         ({f"{Q_PROJ}.lora_C.weight.more": (1,)}, "not known from PEFT's LoRA"),
         ({f"base_model.model.{EMBEDDING}.weight": (2050, 256)}, "vocabularies of two sizes"),
+        ({f"{Q_PROJ}.token_adapter.trainable_tokens_delta": (1, 256)}, "an update and trained"),
         ({f"base_model.model.{EMBEDDING}.token_adapter.trainable_tokens_delta": (1, 256)},
          "trainable_token_indices: got None"),
     ],

@@ -156,6 +156,7 @@ def test_updates_of_split_modules_are_one_branch(case: Case, tmp_path: Path) -> 
         ("saved", "has a saved module for it"),
         ("embedding", "has LoRA of the embedding for it"),
         ("tokens", "has trained tokens for it"),
+        ("tied_head", "a model that has one tensor for both"),
     ],
 )
 def test_what_no_branch_holds_is_refused(kind: str, says: str, tmp_path: Path) -> None:

@@ -142,10 +142,10 @@ def read_adapter(
         for name, change in reader.read(module):
             changes.setdefault(name, []).append(change)
     kept = {name: reader.order(name, some) for name, some in sorted(changes.items())}
-    vocab = reader.check_vocabulary(kept)
     is_untied = is_tied and reader.unties(kept)
-    if is_tied and not is_untied:
-        kept.pop(HEAD, None)
+    if is_tied:
+        kept = _share(kept, is_untied=is_untied)
+    vocab = reader.check_vocabulary(kept, is_tied=is_tied and not is_untied)
     has_tokenizer = all((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json"))
     if vocab and not has_tokenizer:
         raise CheckpointError(
@@ -157,6 +157,20 @@ def read_adapter(
     digest = _digest([folder / WEIGHTS, *files], kept)
     after = {name: reader.shape_after(name, some) for name, some in kept.items()}
     return Adapter(folder, kept, after, found.tensors, digest, vocab, is_untied, has_tokenizer)
+
+
+def _share(
+    changes: Mapping[str, tuple[Change, ...]], *, is_untied: bool
+) -> dict[str, tuple[Change, ...]]:
+    """Changes of a model whose head is its embedding, or was before them."""
+    shared = dict(changes)
+    if not is_untied:
+        shared.pop(HEAD, None)
+    elif HEAD not in shared and shared[EMBEDDING][0].a and shared[EMBEDDING][0].saved:
+        # The embedding before its update, which may have more tokens than the checkpoint's.
+        first = shared[EMBEDDING][0]
+        shared[HEAD] = (Change(0, first.count, saved=first.saved),)
+    return shared
 
 
 @dataclass(frozen=True)
@@ -174,33 +188,44 @@ class _Reader:
             yield from self._read_bias(module)
         if not (module.stored or module.a or module.embedding_a or module.tokens):
             return
+        if module.tokens and (module.a or module.embedding_a):
+            raise UnsupportedError(
+                f"{self.folder / WEIGHTS}: {module.weight}: an update and trained tokens of one "
+                "module; supported: one of them",
+                advice=MERGE,
+            )
         place = self._locate(module.weight)
-        shape = self.shapes[place.tensor]
-        rows, columns = place.count, shape[-1]
+        shape, rows = self.shapes[place.tensor], place.count
         if module.stored:
-            kind = (rows, columns) if len(shape) == 2 else shape
             if place.tensor in (EMBEDDING, HEAD):  # whose vocabulary may be another
                 rows = self.found.tensors[module.stored].shape[0]
-                kind = (rows, columns)
-            self._expect(module.weight, kind, **{module.stored: kind})
-        a, b, scale = module.a or module.embedding_a, module.b or module.embedding_b, 0.0
-        if a:
-            rank, scale = _read_scale(self.found.config, module.name)
-            parts = {a: (rank, rows), b: (columns, rank)}
-            if module.a:
-                parts = {a: (rank, columns), b: (rows, rank)}
-            self._expect(f"rank {rank} and {module.weight}", (rows, columns), **parts)
-        if module.magnitude:
-            size = columns if module.embedding_a else rows
-            self._expect(module.weight, (rows, columns), **{module.magnitude: (size,)})
+            whole = (rows, shape[-1]) if len(shape) == 2 else shape
+            self._expect(module.weight, whole, **{module.stored: whole})
+        scale = self._check_update(module, rows, shape[-1])
         indices = self._read_indices(module, rows)
         if module.tokens:
-            kind = (len(indices), columns)
-            self._expect(module.weight, (rows, columns), **{module.tokens: kind})
+            whole = (len(indices), shape[-1])
+            self._expect(module.weight, (rows, shape[-1]), **{module.tokens: whole})
         yield place.tensor, Change(
-            place.start, rows, a, b, scale, bool(module.embedding_a), module.magnitude,
-            module.stored, module.tokens, indices,
+            place.start, rows, module.a or module.embedding_a, module.b or module.embedding_b,
+            scale, bool(module.embedding_a), module.magnitude, module.stored, module.tokens,
+            indices,
         )  # fmt: skip
+
+    def _check_update(self, module: Module, rows: int, columns: int) -> float:
+        """Compare the shapes of A, B and a magnitude; the scale, 0 where there is no update."""
+        if not (module.a or module.embedding_a):
+            return 0.0
+        rank, scale = _read_scale(self.found.config, module.name)
+        if module.a:
+            parts = {module.a: (rank, columns), module.b: (rows, rank)}
+        else:
+            parts = {module.embedding_a: (rank, rows), module.embedding_b: (columns, rank)}
+        self._expect(f"rank {rank} and {module.weight}", (rows, columns), **parts)
+        if module.magnitude:
+            size = rows if module.a else columns
+            self._expect(module.weight, (rows, columns), **{module.magnitude: (size,)})
+        return scale
 
     @cached_property
     def _places(self) -> dict[str, Rows]:
@@ -277,9 +302,12 @@ class _Reader:
                 )
         return tuple(found)
 
-    def check_vocabulary(self, changes: Mapping[str, Sequence[Change]]) -> int | None:
+    def check_vocabulary(
+        self, changes: Mapping[str, Sequence[Change]], *, is_tied: bool
+    ) -> int | None:
         """The vocabulary's size where it is another than the checkpoint's."""
-        sizes = {n: self.shapes[n][0] for n in (EMBEDDING, HEAD) if n in self.shapes}
+        names = (EMBEDDING,) if is_tied else (EMBEDDING, HEAD)
+        sizes = {name: self.shapes[name][0] for name in names if name in self.shapes}
         own = {name: changes[name][0].count for name in sizes if name in changes}
         if all(sizes[name] == count for name, count in own.items()):
             return None
@@ -300,12 +328,11 @@ class _Reader:
         embedding, head = ([*changes.get(name, ()), None][0] for name in (EMBEDDING, HEAD))
         if (head and (head.a or head.tokens)) or (embedding and embedding.a):
             return True
-        saved = [one.saved if one else "" for one in (embedding, head)]
-        if all(saved):
-            return not self._is_same(*saved)
-        names = [name.removesuffix(".weight") for name in (EMBEDDING, HEAD)]
-        return any(
-            one and self.found.is_saved_module(name) for one, name in zip(saved, names, strict=True)
+        if head is not None and embedding is not None and embedding.saved:
+            return not self._is_same(embedding.saved, head.saved)
+        is_alone = embedding is not None and bool(embedding.saved)
+        return head is not None or (
+            is_alone and self.found.is_saved_module(EMBEDDING.removesuffix(".weight"))
         )
 
     def _is_same(self, first: str, second: str) -> bool:

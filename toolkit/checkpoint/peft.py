@@ -103,7 +103,7 @@ class Found:
 
     def is_saved_module(self, name: str) -> bool:
         """Whether modules_to_save names a module."""
-        found = self.config.fields.get("modules_to_save") or ()
+        found = self.config.fields.get("modules_to_save") or []
         if not isinstance(found, list):
             raise self.config.error("modules_to_save", found, "a list of names")
         return any(name == one or name.endswith(f".{one}") for one in map(str, found))

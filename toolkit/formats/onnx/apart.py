@@ -35,6 +35,12 @@ def measure(recipe: Recipe, decoder: Decoder, adapter: Adapter) -> int:
     where, merged = f"{recipe.name}: adapter_apart", "leave it out to have the adapter merged"
     if decoder.vision:
         raise PlanError(f"{where}: is for models that read text alone", advice=merged)
+    if adapter.is_untied:
+        raise PlanError(
+            f"{where}: the adapter changes the head or the embedding of a model that has one "
+            "tensor for both",
+            advice=merged,
+        )
     for name, some in adapter.changes.items():
         if beyond := next((one.beyond for one in some if one.beyond), ""):
             raise PlanError(
