@@ -36,7 +36,9 @@ def open_source(reference: str, console: Console, adapter: Path | None = None) -
             f"{adapter}: base_model_name_or_path: got {base!r}; the checkpoint is {reference}",
             advice="give the checkpoint that the adapter was trained on, or its folder",
         )
-    merged = merge(resolve(reference, console, accept=read_decoder), adapter)
+    checkpoint = resolve(reference, console, accept=read_decoder)
+    checkpoint.check(read_decoder(checkpoint.config))
+    merged = merge(checkpoint, adapter)
     _check_used(merged, adapter)
     return merged
 

@@ -198,7 +198,7 @@ class _Reader:
         shape, rows = self.shapes[place.tensor], place.count
         if module.stored:
             if place.tensor in (EMBEDDING, HEAD):  # whose vocabulary may be another
-                rows = self.found.tensors[module.stored].shape[0]
+                rows = (*self.found.tensors[module.stored].shape, 0)[0]
             whole = (rows, shape[-1]) if len(shape) == 2 else shape
             self._expect(module.weight, whole, **{module.stored: whole})
         scale = self._check_update(module, rows, shape[-1])
@@ -263,7 +263,7 @@ class _Reader:
             return
         opened = Checkpoint(self.folder, self.found.config, {module.bias: info})
         with closing(opened):
-            if opened.read(module.bias).any():
+            if len(info.shape) != 1 or opened.read(module.bias).any():
                 raise UnsupportedError(
                     f"{self.folder / WEIGHTS}: {module.bias}: a bias, of which {self.base} has "
                     "none; supported: zeros or none",

@@ -104,15 +104,18 @@ def _list_llama3(
 
     float32 at every step, as transformers' _compute_llama3_parameters.
     """
-    factor = np.float32(scaling.number("factor"))
     low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
     if high <= low:
         raise scaling.error("high_freq_factor", high, f"more than low_freq_factor, {low}")
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
-    steps = np.power(theta, exponents, dtype=np.float64).astype(np.float32)
-    waves = np.float32(2 * math.pi) * steps
-    smooth = (np.float32(original) / waves - np.float32(low)) / np.float32(high - low)
-    share = (1 - smooth) / factor + smooth
-    is_long, is_short = waves > original / low, waves < original / high
-    found = np.where(is_long, factor, np.where(is_short, np.float32(1), 1 / share))
+    with np.errstate(all="ignore"):  # numbers beyond float32 are refused below
+        factor = np.float32(scaling.number("factor"))
+        steps = np.power(theta, exponents, dtype=np.float64).astype(np.float32)
+        waves = np.float32(2 * math.pi) * steps
+        smooth = (np.float32(original) / waves - np.float32(low)) / np.float32(high - low)
+        share = (1 - smooth) / factor + smooth
+        is_long, is_short = waves > original / low, waves < original / high
+        found = np.where(is_long, factor, np.where(is_short, np.float32(1), 1 / share))
+    if not np.isfinite(found).all():
+        raise scaling.error("factor", float(factor), "what leaves every frequency finite")
     return tuple(float(one) for one in found.astype(np.float32))

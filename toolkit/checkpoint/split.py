@@ -70,7 +70,8 @@ def as_phi3(config: Config) -> Config:
     heads, hidden = given.integer("num_attention_heads"), given.integer("hidden_size")
     if given.integer("head_dim", hidden // heads) == hidden // heads:
         fields.pop("head_dim", None)
-    context, window = given.integer("max_position_embeddings"), fields.get("sliding_window")
+    context = given.integer("max_position_embeddings")
+    window = fields.get("sliding_window") and given.integer("sliding_window")
     if config.architecture == "LlamaForCausalLM" and window and window < context:
         fields["sliding_window"] = None  # Llama has none, whatever its config says
     if _lacks_original(given):
@@ -176,8 +177,10 @@ def locate_parts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Rows]:
         parts = list_parts(name)
         rows = [shape[0] // 2] * 2
         if len(parts) == 3:  # queries are as wide as what the output projection takes
-            queries = shapes[parts[0].replace("q_proj", "o_proj")][1]
-            keys = (shape[0] - queries) // 2
+            output = shapes.get(parts[0].replace("q_proj", "o_proj"), ())
+            if len(output) != 2:
+                continue  # a damaged checkpoint, as `check` says
+            queries, keys = output[1], (shape[0] - output[1]) // 2
             rows = [queries, keys, keys]
         starts = accumulate(rows, initial=0)
         for part, start, count in zip(parts, starts, rows, strict=False):
