@@ -270,7 +270,12 @@ def test_extra_tensors_are_refused_and_known_ones_ignored(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("architecture", "model_type"),
-    [("Phi4FlashForCausalLM", "phi4flash"), ("LlamaModel", "llama"), ("", "mamba")],
+    [
+        ("Phi4FlashForCausalLM", "phi4flash"),
+        ("LlamaModel", "llama"),
+        ("", "mamba"),
+        ("Qwen3ForCausalLM", "qwen3"),
+    ],
 )
 def test_unknown_architecture(architecture: str, model_type: str, sharded: Path) -> None:
     with pytest.raises(UnsupportedError) as caught:
@@ -279,6 +284,7 @@ def test_unknown_architecture(architecture: str, model_type: str, sharded: Path)
     assert (
         f"architectures: got {architecture or 'nothing'!r} (model_type {model_type!r})" in message
     )
+    assert ("norms of queries and keys" in message) == (model_type == "qwen3")
     assert "supported: " in message and "Phi3ForCausalLM (Phi-3-mini, Phi-3-medium" in message
 
 

@@ -1,5 +1,6 @@
 """Adapters of every kind that PEFT writes: the logits are those that PEFT computes."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from tests.adapters import write_adapter
 from tests.checkpoints import copy_tokenizer, random_weights
+from tests.formats.writing import write_artifact
 from tests.golden.cases import LORA_GOLDEN, LORA_LENGTH, PEFT_GOLDEN, case_ids, peft_ids, select
 from tests.peft_adapters import (
     CASES,
@@ -20,6 +22,7 @@ from tests.peft_adapters import (
     write_base,
     write_case,
 )
+from tests.quality.artifacts import make_recipe
 from tests.split_checkpoints import write_parts
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.merged import MergedCheckpoint, merge
@@ -116,6 +119,18 @@ def test_a_larger_vocabulary_comes_with_its_tokenizer(tmp_path: Path) -> None:
     tokenizer.unlink()
     with pytest.raises(CheckpointError, match=r"has 2056 tokens, .* 2048, and no tokenizer.json"):
         merge(merged.base, merged.adapter.folder)
+
+
+def test_an_artifact_has_the_adapters_tokenizer(tmp_path: Path) -> None:
+    merged = open_case(tmp_path, "resized")
+    path = merged.adapter.folder / "tokenizer_config.json"
+    path.write_text(path.read_text("utf-8").replace("{", '{"mine": 1,', 1), encoding="utf-8")
+    merged = merge(merged.base, merged.adapter.folder)
+    (tmp_path / "mlx").mkdir()
+    write_artifact(make_recipe("mlx", group_size=64), merged, tmp_path / "mlx")
+    assert (tmp_path / "mlx" / path.name).read_bytes() == path.read_bytes()
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text("utf-8"))
+    assert (config["vocab_size"], config["model_type"]) == (2056, "phi3")
 
 
 def test_a_tied_model_stays_tied_where_its_tensors_stay_the_same(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
 from toolkit.console import Console
 from toolkit.errors import CheckpointError, PhishipError, PlanError
+from toolkit.export import open_exporter
 from toolkit.families import read_decoder
 from toolkit.formats.gguf.layout import rope_factors
 from toolkit.job import Options
@@ -113,6 +114,15 @@ def test_heads_that_a_runtime_cannot_have_are_refused(kind: str) -> None:
     decoder = read_decoder(Config("config.json", split_config("narrow")))
     with pytest.raises(PlanError, match=r"needs heads x head_dim = hidden_size.*2 x 64 and 256"):
         make_plan(make_recipe(kind), decoder)
+
+
+def test_a_vendors_engine_is_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_split_checkpoint(tmp_path / "source", "llama"))
+    recipe = make_recipe("gguf").with_engine("vendor")
+    plan = make_plan(recipe, read_decoder(checkpoint.config))
+    asked = open_exporter(plan, checkpoint, tmp_path / "out")
+    with pytest.raises(PlanError, match="a model with split projections"), asked:
+        pass
 
 
 def test_parts_of_several_types_are_read_exactly(tmp_path: Path) -> None:
