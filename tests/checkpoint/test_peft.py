@@ -24,6 +24,7 @@ from tests.peft_adapters import (
 )
 from tests.quality.artifacts import make_recipe
 from tests.split_checkpoints import write_parts
+from toolkit import fileio
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.merged import MergedCheckpoint, merge
 from toolkit.errors import CheckpointError, PhishipError, UnsupportedError
@@ -56,6 +57,20 @@ def test_logits_are_those_of_peft(case: str, tmp_path: Path) -> None:
     assert np.abs(compute(merged, peft_ids(case)) - expected).max() < TOLERANCE
     if not CASES[case].is_resized:
         assert np.abs(compute(merged.base, peft_ids(case)) - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("case", ["embedding", "dora_embedding"])
+def test_files_that_cannot_be_mapped_give_the_same(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of one file are then read into one buffer, in turn."""
+    mapped = open_case(tmp_path, case)
+    expected = {name: mapped.read(name) for name in mapped.adapter.changes}
+    monkeypatch.setattr(fileio, "map_file", lambda _: None)
+    merged = mapped.reopen()
+    merged.lengths.clear()
+    for name in reversed(expected):
+        assert np.array_equal(merged.read(name), expected[name]), name
 
 
 @pytest.mark.parametrize("case", ["split", "dora"])

@@ -85,6 +85,8 @@ class MergedCheckpoint(Checkpoint):
             source, origin, first = self.base, stored, 0
             if change and change.saved:
                 source, origin, first = self.parts, change.saved, change.start
+            if change and change.a:
+                self._read_pair(change)  # before rows of the same file are in its buffer
             # Half the weights: beside the rows stands what is added to them.
             step = piece // 2 if change else piece
             for row, raw in source.read_rows(origin, begin - first, end - begin, step):
