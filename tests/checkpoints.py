@@ -147,15 +147,16 @@ def variant_config(variant: str, dtype: Dtype = "bf16") -> dict[str, Any]:
 def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that a Phi3ForCausalLM of `config` stores."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    head_dim = hidden // config["num_attention_heads"]
-    qkv = hidden + 2 * config["num_key_value_heads"] * head_dim
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    qkv = (heads + 2 * config["num_key_value_heads"]) * head_dim
     vocabulary = (config["vocab_size"], hidden)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocabulary}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
         shapes[prefix + "self_attn.qkv_proj.weight"] = (qkv, hidden)
-        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, hidden)
+        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, heads * head_dim)
         shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
         shapes[prefix + "mlp.gate_up_proj.weight"] = (2 * inner, hidden)
         shapes[prefix + "mlp.down_proj.weight"] = (hidden, inner)

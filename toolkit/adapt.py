@@ -6,7 +6,7 @@ from pathlib import Path
 
 from toolkit.budget import Budget, fit_budget
 from toolkit.checkpoint import Checkpoint
-from toolkit.checkpoint.lora import find_adapter
+from toolkit.checkpoint.merged import find_adapter
 from toolkit.console import Console
 from toolkit.errors import PlanError, SettingsError
 from toolkit.families import read_decoder

@@ -13,7 +13,7 @@ from toolkit import __version__, artifact, formats
 from toolkit.artifact import SOURCE_TOKENIZER, Calibration, Manifest, Quality, Runtime, Source
 from toolkit.check import run_checks
 from toolkit.checkpoint import Checkpoint
-from toolkit.checkpoint.lora import find_adapter
+from toolkit.checkpoint.merged import find_adapter
 from toolkit.console import Console, format_bytes
 from toolkit.convert import convert
 from toolkit.errors import ArtifactError, BuildError, PhishipError, PlanError

@@ -9,7 +9,7 @@ import msgspec
 from toolkit import __version__, artifact, catalog, formats
 from toolkit.artifact import ENGINE_TOKENIZER, Chat, Manifest, Quality, Source
 from toolkit.checkpoint import LOCAL_REVISION, Checkpoint
-from toolkit.checkpoint.lora import find_adapter
+from toolkit.checkpoint.merged import find_adapter
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
 from toolkit.errors import (

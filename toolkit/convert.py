@@ -11,7 +11,7 @@ from dataclasses import replace
 from toolkit import fileio, formats
 from toolkit.calibrate import bytes_to_do, calibrate
 from toolkit.checkpoint import Checkpoint
-from toolkit.checkpoint.lora import without_adapter
+from toolkit.checkpoint.merged import without_adapter
 from toolkit.coding import Calibrated
 from toolkit.console import format_bytes
 from toolkit.errors import PhishipError

@@ -23,9 +23,10 @@ QUICK_GELU = 1.702  # x * sigmoid(QUICK_GELU * x): of gegelu's gate, and of CLIP
 class Rope:
     """Rotary embedding in the rotate-half (NeoX) layout.
 
-    `short_factors` and `long_factors` (rotary_dim / 2 values each) are empty without LongRoPE.
-    With it the long ones hold for every position once the sequence is longer than
-    `original_context`, and cos and sin are multiplied by `short_scale` or `long_scale`.
+    `short_factors` (rotary_dim / 2 values) divide the frequencies; empty, nothing does.
+    `long_factors` (as many) are empty without LongRoPE. With it the long ones hold for every
+    position once the sequence is longer than `original_context`, and cos and sin are multiplied by
+    `short_scale` or `long_scale`.
     """
 
     theta: float

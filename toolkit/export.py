@@ -11,6 +11,7 @@ import psutil
 
 from toolkit import formats
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.split import FusedCheckpoint
 from toolkit.console import Console, format_bytes
 from toolkit.errors import BuildError, PlanError
 from toolkit.plan import Plan
@@ -56,6 +57,12 @@ def open_exporter(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Iterator[
     MissingExtraError without the environment, PlanError when the vendor cannot do the recipe.
     """
     module = formats.get_vendor(plan.recipe.format)
+    if isinstance(checkpoint, FusedCheckpoint):
+        raise PlanError(
+            f"{plan.recipe.name}: engine: vendor would make a model with split projections, as "
+            f"{checkpoint.folder} stores them; artifacts here have fused ones",
+            advice=NATIVE,
+        )
     environment = locate(module.VENDOR)
     # A name that the next build of this recipe clears away, should this one be killed.
     scratch = folder.with_name(f".{plan.recipe.name}.scratch.{os.getpid()}.partial")

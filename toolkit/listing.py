@@ -1,6 +1,7 @@
 """What the looking commands show: lists, plans, probes, status, vendors."""
 
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import msgspec
 from toolkit import catalog, formats, support
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
-from toolkit.checkpoint.lora import Adapter, find_adapter, read_adapter
+from toolkit.checkpoint.lora import Adapter, read_adapter
+from toolkit.checkpoint.merged import find_adapter
 from toolkit.console import Console, format_bytes
 from toolkit.decoder import Decoder
 from toolkit.device import resolve_device
@@ -77,7 +79,9 @@ def show_plan(
     decoder = _decoder(recipe, opened)
     found = find_adapter(opened) if opened else None
     if adapter and not opened:
-        found = read_adapter(adapter, decoder.all_shapes(), recipe.model)
+        found = read_adapter(adapter, decoder.all_shapes(), recipe.model, is_tied=decoder.is_tied)
+        is_tied = decoder.is_tied and not found.is_untied
+        decoder = replace(decoder, vocab=found.vocab or decoder.vocab, is_tied=is_tied)
     plan = make_plan(
         recipe,
         decoder,
@@ -146,7 +150,7 @@ def _describe_adapter(plan: Plan, adapter: Adapter | None) -> list[list[str]]:
     if adapter is None:
         return []
     way = f"apart, {format_bytes(plan.adapter_bytes)}" if plan.adapter else "merged"
-    return [["adapter", f"{adapter.folder}: {len(adapter.updates)} matrices, {way}"]]
+    return [["adapter", f"{adapter.folder}: {len(adapter.changes)} tensors, {way}"]]
 
 
 def _costs(plan: Plan, target: Target | None) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from toolkit import catalog, formats
@@ -9,7 +10,8 @@ from toolkit.artifact import make_safe
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
 from toolkit.checkpoint.hub import is_local, resolve
-from toolkit.checkpoint.lora import MergedCheckpoint, look, merge
+from toolkit.checkpoint.merged import MergedCheckpoint, merge
+from toolkit.checkpoint.peft import look
 from toolkit.console import Console
 from toolkit.decoder import Decoder
 from toolkit.errors import CheckpointError, SettingsError, UnsupportedError
@@ -17,6 +19,7 @@ from toolkit.families import read_decoder
 from toolkit.recipe import Recipe
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+QUANTIZED_ENDS = ("-bnb-4bit", "-unsloth")  # as unsloth names them, in this order
 
 
 def open_source(reference: str, console: Console, adapter: Path | None = None) -> Checkpoint:
@@ -27,15 +30,29 @@ def open_source(reference: str, console: Console, adapter: Path | None = None) -
     """
     if adapter is None:
         return resolve(reference, console, accept=read_decoder)
-    base, given = look(adapter).base, reference.partition("@")[0]
-    if not is_local(reference) and HUB_ID.fullmatch(base) and base.lower() != given.lower():
+    base = look(adapter).base
+    is_id = not is_local(reference) and HUB_ID.fullmatch(base)
+    if is_id and _shorten_id(base) != _shorten_id(reference):
         raise CheckpointError(
             f"{adapter}: base_model_name_or_path: got {base!r}; the checkpoint is {reference}",
             advice="give the checkpoint that the adapter was trained on, or its folder",
         )
-    merged = merge(resolve(reference, console, accept=read_decoder), adapter)
+    checkpoint = resolve(reference, console, accept=read_decoder)
+    checkpoint.check(read_decoder(checkpoint.config))
+    merged = merge(checkpoint, adapter)
     _check_used(merged, adapter)
     return merged
+
+
+def _shorten_id(reference: str) -> str:
+    """A repository's name without owner and revision, and what names a copy in 4 bits.
+
+    Adapters are trained on such copies, also of other owners; the 16-bit model is what is built.
+    """
+    name = reference.partition("@")[0].rpartition("/")[2].lower()
+    for end in QUANTIZED_ENDS:
+        name = name.removesuffix(end)
+    return name
 
 
 def choose_adapter(recipe: Recipe | None, given: Path | None, *, apart: bool) -> Path | None:
@@ -60,7 +77,7 @@ def choose_adapter(recipe: Recipe | None, given: Path | None, *, apart: bool) ->
 def _check_used(merged: MergedCheckpoint, adapter: Path) -> None:
     """UnsupportedError for an update of what no build reads, as the head of a tied model."""
     decoder = read_decoder(merged.config)
-    if unused := sorted(set(merged.adapter.updates) - set(decoder.all_shapes())):
+    if unused := sorted(set(merged.adapter.changes) - set(decoder.all_shapes())):
         raise UnsupportedError(
             f"{adapter}: {unused[0]}: the model does not use this tensor of {merged.folder}"
             + (", its head is its embedding" if decoder.is_tied else ""),
@@ -91,20 +108,26 @@ def bind_recipe(recipe: Recipe, checkpoint: Checkpoint, reference: str) -> Recip
 def find_model(decoder: Decoder, hint: str) -> str:
     """Name of the bundled model with this checkpoint's shape; of another the end of `hint`.
 
-    `hint` is the checkpoint's id or path. It decides where two have the same shape (3-mini-128k and
-    3.5-mini); their recipes make the same bytes.
+    A fine-tune may have another vocabulary or window: it is that model where no other is. Where
+    two have the same shape (3-mini-128k and 3.5-mini), `hint`, the checkpoint's id or path,
+    decides; their recipes make the same bytes.
     """
-    found = {}
-    for name in catalog.names("models"):
-        model = catalog.load_model(name)
-        if _shape(read_decoder(Config(name, model.config))) == _shape(decoder):
-            found[name] = model.id.rpartition("/")[2].lower()
+    models = {name: catalog.load_model(name) for name in catalog.names("models")}
+    decoders = {name: read_decoder(Config(name, m.config)) for name, m in models.items()}
+    found = [name for name, one in decoders.items() if _shape(one) == _shape(decoder)]
+    found = found or [name for name, one in decoders.items() if _size(one) == _size(decoder)]
     if not found:
         return make_safe(Path(hint.partition("@")[0]).resolve().name, "model")
-    named = [name for name, tail in found.items() if tail in hint.lower()]
-    return (named or list(found))[0]
+    named = [name for name in found if models[name].id.rpartition("/")[2].lower() in hint.lower()]
+    return (named or found)[0]
 
 
 def _shape(decoder: Decoder) -> tuple[object, ...]:
     """What tells the models apart."""
     return (decoder.shapes(), decoder.context, decoder.kv_heads, decoder.window, decoder.vision)
+
+
+def _size(decoder: Decoder) -> tuple[object, ...]:
+    """The same without what a fine-tune may change: vocabulary, window, a head of its own."""
+    one = replace(decoder, vocab=1, is_tied=True)
+    return (one.shapes(), one.context, one.kv_heads, one.vision)

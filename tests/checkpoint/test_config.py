@@ -209,11 +209,12 @@ def test_impossible_rope(fields: dict[str, Any], says: str) -> None:
     assert message.startswith("config.json: ") and says in message
 
 
-@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "llama3", 3, ["su"]])
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "proportional", 3, ["su"]])
 def test_unknown_scaling_is_named(kind: object) -> None:
     message = refusal(**TOP, rope_scaling={"type": kind, "factor": 2.0, **FACTORS})
     assert (
-        message == f"config.json: rope_scaling: type: got {kind!r}; supported: none, longrope, su"
+        message == f"config.json: rope_scaling: type: got {kind!r}; supported: none, linear, "
+        "llama3, longrope, su"
     )
 
 
@@ -237,3 +238,24 @@ def test_sizes() -> None:
 
 def test_missing_kv_heads_means_one_for_each_head() -> None:
     assert decode(num_key_value_heads=None).kv_heads == 32
+
+
+@pytest.mark.parametrize(
+    ("names", "model_type", "expected"),
+    [
+        (["LlamaForCausalLM"], "llama", "LlamaForCausalLM"),
+        (None, "llama", "LlamaForCausalLM"),
+        ([], "mistral", "MistralForCausalLM"),
+        (["MyWrapper", "MistralForCausalLM"], "mistral", "MistralForCausalLM"),
+        # transformers reads what model_type says, whatever architectures does.
+        (["LlamaForCausalLM"], "mistral", "MistralForCausalLM"),
+        (["LlamaForSequenceClassification"], "llama", "LlamaForSequenceClassification"),
+        (["Phi3VForCausalLM"], "phi3_v", "Phi3VForCausalLM"),
+        (["Phi3ForCausalLM"], "", "Phi3ForCausalLM"),
+    ],
+)
+def test_the_architecture_is_the_one_that_transformers_chooses(
+    names: list[str] | None, model_type: str, expected: str
+) -> None:
+    config = Config("config.json", {"architectures": names, "model_type": model_type})
+    assert config.architecture == expected

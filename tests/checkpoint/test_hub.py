@@ -25,7 +25,7 @@ from tests.checkpoint.hub_cases import (
     partial,
     refusal,
 )
-from tests.checkpoint.hub_server import Hub
+from tests.checkpoint.hub_server import Hub, Repository
 from toolkit.checkpoint import Checkpoint
 from toolkit.checkpoint.config import Config
 from toolkit.checkpoint.download import ATTEMPTS_WITHOUT_PROGRESS
@@ -238,4 +238,17 @@ def test_refused_config_ends_the_download_before_the_weights(hub: Hub, cache: Pa
 
     with pytest.raises(UnsupportedError, match="not Phi3ForCausalLM"):
         resolve(ID, QUIET, cache=cache, accept=accept)
+    assert FIRST not in hub.fetched()
+
+
+def test_a_quantized_checkpoint_is_named_before_the_weights(
+    hub: Hub, cache: Path, source: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    hub.repositories[ID] = Repository({COMMIT: folder}, {"main": COMMIT})
+    with pytest.raises(UnsupportedError, match="with bitsandbytes to 4 bits"):
+        resolve(ID, QUIET, cache=cache)
     assert FIRST not in hub.fetched()

@@ -185,7 +185,7 @@ def test_a_damaged_adapter_is_a_sentence(built: Path, tmp_path: Path) -> None:
 
 def test_the_plan_says_which_adapter_and_how(recipe: Path, adapter: Path) -> None:
     words = ("plan", str(recipe), "--adapter", str(adapter))
-    for more, text in (((), "matrices, merged"), (("--adapter-apart",), "matrices, apart, ")):
+    for more, text in (((), "tensors, merged"), (("--adapter-apart",), "tensors, apart, ")):
         done = run(*words, *more, COLUMNS="300")
         assert done.returncode == 0, done.stderr
         assert f"{adapter}: 16 {text}" in done.stdout

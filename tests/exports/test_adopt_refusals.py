@@ -44,7 +44,7 @@ BAD: list[tuple[str, Change, str]] = [
     ("mlx", cut("model.safetensors"), r"model\.safetensors: found \d+ bytes; its header says \d+"),
     ("mlx", drop(CONFIG), r"config\.json: is missing; mlx-lm reads it"),
     ("mlx", put(CONFIG, "num_hidden_layers", value=5), r"model\.layers\.4\..* is missing among"),
-    ("mlx", put(CONFIG, "architectures", value=["LlamaForCausalLM"]), "got 'LlamaForCausalLM'"),
+    ("mlx", put(CONFIG, "architectures", value=["Qwen3ForCausalLM"]), "got .Qwen3ForCausalLM"),
     ("mlx", lambda folder: (folder / CONFIG).write_text(SEES), r"config\.json: .* of text alone"),
     ("openvino", drop("openvino_tokenizer.xml"), r"openvino_tokenizer\.xml: is missing"),
     ("openvino", cut("openvino_model.bin"), r"openvino_model\.bin: found \d+ bytes; .*reads \d+"),

@@ -15,6 +15,7 @@ import onnxruntime_genai
 import pytest
 from numpy.typing import NDArray
 
+from tests import peft_adapters
 from tests.adapters import make_adapter, write_adapter, write_case
 from tests.checkpoints import write_random_checkpoint, write_safetensors
 from tests.golden.cases import LORA_GOLDEN as GOLDEN
@@ -27,8 +28,9 @@ from tests.small_checkpoints import write_small_checkpoint
 from tests.vision_checkpoints import write_vision_checkpoint
 from toolkit import formats
 from toolkit.build import build
-from toolkit.checkpoint import Checkpoint, lora
-from toolkit.checkpoint.lora import MergedCheckpoint
+from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint import merged as merging
+from toolkit.checkpoint.merged import MergedCheckpoint
 from toolkit.console import Console
 from toolkit.errors import BuildError, CheckpointError, PlanError
 from toolkit.families import read_decoder
@@ -79,8 +81,8 @@ def digest(path: Path) -> str:
 def merge(base: Checkpoint, folder: Path, *ends: str) -> MergedCheckpoint:
     """The checkpoint with an adapter of the matrices whose names end so."""
     shapes = {name: info.shape for name, info in base.tensors.items()}
-    merged = lora.merge(base, write_adapter(folder, make_adapter(shapes, modules=ends)))
-    found = {end for end in ends for name in merged.adapter.updates if f"{end}.weight" in name}
+    merged = merging.merge(base, write_adapter(folder, make_adapter(shapes, modules=ends)))
+    found = {end for end in ends for name in merged.adapter.changes if f"{end}.weight" in name}
     assert found == {*ends}  # none is left out
     return merged
 
@@ -93,7 +95,7 @@ class Case:
         self.base = Checkpoint.open(write_random_checkpoint(folder / "source", VARIANT, seed=SEED))
         self.shapes = {name: info.shape for name, info in self.base.tensors.items()}
         adapter = write_case(folder / "patterns", "patterns", self.shapes)
-        self.merged = lora.merge(self.base, adapter)
+        self.merged = merging.merge(self.base, adapter)
         self.decoder = read_decoder(self.base.config)
         self.ids = case_ids(self.base.folder, LENGTH)
         self.plain = {
@@ -125,6 +127,43 @@ def test_with_the_adapter_it_is_the_merged_checkpoint(case: Case) -> None:
 def test_without_the_adapter_it_is_the_base(kind: str, case: Case) -> None:
     found = read_logits(case.apart[kind], case.ids)
     assert np.array_equal(found, read_logits(case.plain[kind], case.ids))
+
+
+def test_updates_of_split_modules_are_one_branch(case: Case, tmp_path: Path) -> None:
+    """q, k and v are rows of one matrix: their ranks together, B in blocks."""
+    shapes = {
+        f"model.layers.{layer}.{module}.weight": shape
+        for layer in range(2)
+        for module, shape in (
+            ("self_attn.q_proj", (256, 256)),
+            ("self_attn.v_proj", (128, 256)),
+            ("mlp.up_proj", (512, 256)),
+        )
+    }
+    arrays = make_adapter(shapes, modules=("q_proj", "v_proj", "up_proj"))
+    merged = merging.merge(case.base, write_adapter(tmp_path / "adapter", arrays))
+    found = read_logits(write(make(**FLOAT), merged, tmp_path / "out"), case.ids, **ACTIVE)
+    expected = reference.forward(merged, case.decoder, case.ids)
+    assert np.abs(found - expected).max() < TOLERANCE
+    plan = make_plan(make(**FLOAT), case.decoder, adapter=merged.adapter)
+    assert plan.adapter_bytes >= (tmp_path / "out" / "x" / "adapter.onnx_adapter").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("dora", "has DoRA's magnitudes for it"),
+        ("saved", "has a saved module for it"),
+        ("embedding", "has LoRA of the embedding for it"),
+        ("tokens", "has trained tokens for it"),
+        ("tied_head", "a model that has one tensor for both"),
+    ],
+)
+def test_what_no_branch_holds_is_refused(kind: str, says: str, tmp_path: Path) -> None:
+    base = Checkpoint.open(peft_adapters.write_base(tmp_path / "base", kind))
+    merged = merging.merge(base, peft_adapters.write_case(tmp_path / "adapter", kind))
+    with pytest.raises(PlanError, match=says):
+        make_plan(make(**FLOAT), read_decoder(merged.config), adapter=merged.adapter)
 
 
 def test_int4_is_the_bases_codes_and_the_adapter(case: Case, tmp_path: Path) -> None:
@@ -164,7 +203,7 @@ def test_adapters_of_the_same_modules_share_the_graph(case: Case, tmp_path: Path
     """Whatever their ranks, scales and values."""
     arrays = make_adapter(case.shapes, {"qkv_proj": 16, "down_proj": 1}, seed=7)
     ranks = {"rank_pattern": {"qkv_proj": 16, "down_proj": 1}}
-    merged = lora.merge(case.base, write_adapter(tmp_path / "other", arrays, **ranks))
+    merged = merging.merge(case.base, write_adapter(tmp_path / "other", arrays, **ranks))
     other = write(make(**FLOAT), merged, tmp_path)
     assert digest(other / "model.onnx") == digest(case.apart["fp32"] / "model.onnx")
     # So the first one's model takes the other's file.
@@ -295,7 +334,7 @@ def test_values_beyond_float16_are_refused(case: Case, tmp_path: Path) -> None:
     arrays = make_adapter(case.shapes)
     name = next(name for name in arrays if "lora_B" in name)
     arrays[name] = arrays[name] + np.float32(70_000)
-    merged = lora.merge(case.base, write_adapter(tmp_path / "large", arrays))
+    merged = merging.merge(case.base, write_adapter(tmp_path / "large", arrays))
     with pytest.raises(
         CheckpointError, match=r"lora_B\.weight: a weight is not finite \(NaN, Inf or"
     ):

@@ -26,6 +26,12 @@ LORA_GOLDEN = Path(__file__).with_name("lora.npz")
 LORA_VARIANT = "gqa"
 LORA_LENGTH = 64
 
+# peft.npz: adapters of tests/peft_adapters.py on the checkpoints that they say. Ids below 2,056
+# are those of the tokens that a resized vocabulary has more, too.
+PEFT_GOLDEN = Path(__file__).with_name("peft.npz")
+PEFT_TOKENS = 2048
+PEFT_MORE = 8
+
 # The last position sees everything before it; the others show an error's onset. Every 16th column
 # is enough to see any error in the hidden state, and keeps the file small.
 POSITIONS = 8
@@ -37,6 +43,13 @@ def case_ids(folder: Path, length: int) -> list[int]:
     vocabulary = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
     ids: list[int] = np.random.default_rng(length).integers(0, vocabulary, length).tolist()
     return ids
+
+
+def peft_ids(case: str) -> list[int]:
+    """Seeded token ids, with those whose rows an adapter trains, and new ones where there are."""
+    vocabulary = PEFT_TOKENS + (PEFT_MORE if case == "resized" else 0)
+    ids: list[int] = np.random.default_rng(len(case)).integers(0, PEFT_TOKENS, LORA_LENGTH).tolist()
+    return [*ids[:-4], 3, 5, 1999, vocabulary - 1]
 
 
 def select(logits: NDArray[Any]) -> NDArray[Any]:

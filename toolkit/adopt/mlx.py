@@ -16,6 +16,7 @@ from toolkit.adopt.found import (
 )
 from toolkit.checkpoint.config import Config
 from toolkit.checkpoint.safetensors import INDEX, SINGLE, read_weight_map
+from toolkit.checkpoint.split import list_parts
 from toolkit.decoder import Decoder
 from toolkit.errors import ArtifactError, UnsupportedError
 from toolkit.families import read_decoder
@@ -100,9 +101,10 @@ def _read_header(path: Path) -> dict[str, str]:
 def _check_tensors(folder: Path, dtypes: dict[str, str], decoder: Decoder) -> str:
     """ArtifactError when a tensor of the architecture is missing; returns the norms' dtype."""
     for name in decoder.shapes():
-        if name not in dtypes:
+        apart = () if name in dtypes else list_parts(name)  # as a Llama's are stored
+        if missing := [one for one in apart or (name,) if one not in dtypes]:
             raise ArtifactError(
-                f"{folder}: {name} is missing among the weights ({len(dtypes)} tensors); "
+                f"{folder}: {missing[0]} is missing among the weights ({len(dtypes)} tensors); "
                 "config.json's architecture has it"
             )
     norm = dtypes[decoder.names.final_norm]

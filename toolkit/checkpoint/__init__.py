@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,8 @@ from toolkit import fileio
 from toolkit.checkpoint import ranks
 from toolkit.checkpoint.config import Config, read_config, read_json
 from toolkit.checkpoint.preprocessor import PREPROCESSOR_FILE, read_preprocessing
-from toolkit.checkpoint.safetensors import TensorInfo, read_index
+from toolkit.checkpoint.quantized import check_quantization
+from toolkit.checkpoint.safetensors import FP8, TensorInfo, read_index
 from toolkit.decoder import Decoder
 from toolkit.errors import CheckpointError
 from toolkit.vision import Preprocessing
@@ -40,6 +41,7 @@ RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
+    FP8: np.dtype("u1"),  # codes, which fp8.py makes floats of
 }
 END_OF_TURN = "<|end|>"
 PIECE_WEIGHTS = 1 << 21
@@ -70,13 +72,38 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, revision: str = LOCAL_REVISION) -> "Checkpoint":
-        """Read config and headers of `folder`; CheckpointError when they are missing or damaged."""
+        """Read config and headers of `folder`; CheckpointError when they are missing or damaged.
+
+        A checkpoint that is stored in another way than Phi-3's comes as a view that reads it so.
+        """
+        from toolkit.checkpoint.views import present
+
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}",
                 advice="give a folder, or a Hugging Face id such as owner/name@revision",
             )
-        return cls(folder, read_config(folder / "config.json"), read_index(folder), revision)
+        config = read_config(folder / "config.json")
+        check_quantization(config)
+        return present(cls(folder, config, read_index(folder), revision))
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that the weights lie in."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    def config_bytes(self) -> bytes:
+        """config.json, as an artifact has it."""
+        return (self.folder / "config.json").read_bytes()
+
+    def dump_config(self) -> bytes:
+        """`config` as a file."""
+        return json.dumps(dict(self.config.fields), indent=2).encode() + b"\n"
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer's files and the chat template."""
+        return self.folder
 
     @property
     def adapter_digest(self) -> str:
@@ -103,7 +130,7 @@ class Checkpoint:
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
         """tokenizer_config.json; empty when there is none."""
-        path = self.folder / "tokenizer_config.json"
+        path = self.tokenizer_folder / "tokenizer_config.json"
         return read_json(path) if path.is_file() else {}
 
     @cached_property
@@ -126,7 +153,7 @@ class Checkpoint:
 
     def _added_ids(self, content: str) -> list[int]:
         """Ids of an added token by its text, from tokenizer.json; none when there is no file."""
-        path = self.folder / "tokenizer.json"
+        path = self.tokenizer_folder / "tokenizer.json"
         if self._has_ranks_only:
             specials = ranks.list_added(self._ranks_file, self._vocab, self._listed_tokens())
             return [token for token, text in specials.items() if text == content]
@@ -146,8 +173,9 @@ class Checkpoint:
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files that are there, with all chat templates."""
-        files = [self.folder / n for n in TOKENIZER_FILES if (self.folder / n).is_file()]
-        return [*files, *sorted((self.folder / MORE_TEMPLATES).glob("*.jinja"))]
+        folder = self.tokenizer_folder
+        files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        return [*files, *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
 
     @cached_property
     def made_tokenizer(self) -> bytes | None:
@@ -163,11 +191,13 @@ class Checkpoint:
 
     @property
     def _ranks_file(self) -> Path:
-        return self.folder / ranks.RANKS_FILE
+        return self.tokenizer_folder / ranks.RANKS_FILE
 
     @property
     def _has_ranks_only(self) -> bool:
-        return self._ranks_file.is_file() and not (self.folder / "tokenizer.json").is_file()
+        return (
+            self._ranks_file.is_file() and not (self.tokenizer_folder / "tokenizer.json").is_file()
+        )
 
     @property
     def _vocab(self) -> int:
@@ -206,19 +236,25 @@ class Checkpoint:
             (folder / name).write_bytes(content)
 
     def _name(self, path: Path) -> str:
-        return path.relative_to(self.folder).as_posix()
+        return path.relative_to(self.tokenizer_folder).as_posix()
 
     def check(self, decoder: Decoder) -> None:
         """Compare names and shapes with the architecture; CheckpointError on any difference."""
+        if decoder.vision:
+            self.preprocessing  # noqa: B018 - without it no picture can be read
+        self.compare(decoder, decoder.all_shapes)
+
+    def compare(
+        self, decoder: Decoder, list_shapes: Callable[[], Mapping[str, tuple[int, ...]]]
+    ) -> None:
+        """Compare with the tensors that there should be; CheckpointError on any difference."""
         where = f"{self.folder}: config.json and the tensors contradict each other"
-        if decoder.layers > len(self.tensors):
+        if decoder.layers > len(self.tensors):  # before a list of 10**12 layers is made
             raise CheckpointError(
                 f"{where}: config.json says {decoder.layers} layers; "
                 f"found only {len(self.tensors)} tensors"
             )
-        shapes = decoder.all_shapes()
-        if decoder.vision:
-            self.preprocessing  # noqa: B018 - without it no picture can be read
+        shapes = list_shapes()
         for name, shape in shapes.items():
             if name not in self.tensors:
                 raise CheckpointError(f"{where}: {name} {list(shape)} is missing")
@@ -315,7 +351,7 @@ class Checkpoint:
         moves weights in the sampled parts.
         """
         digest = hashlib.sha256()
-        configs = [self.folder / name for name in CONFIG_FILES]
+        configs = [self.tokenizer_folder / name for name in CONFIG_FILES]
         for path in [*filter(Path.is_file, configs), *self.tokenizer_files()]:
             digest.update(self._name(path).encode() + b"\0" + path.read_bytes())
         for name in sorted(self.tensors):

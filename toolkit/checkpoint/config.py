@@ -1,22 +1,21 @@
-"""A checkpoint's config.json, normalized once: every spelling in, one spelling out.
-
-Follows transformers' Phi3Config and its rope validation: `rope_theta` may stand at the top or in
-`rope_parameters`; LongRoPE may be called "su" or "longrope", under `type` or `rope_type`, in
-`rope_scaling` or `rope_parameters`.
-"""
+"""A checkpoint's config.json: its fields, checked for their types as they are read."""
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from toolkit.decoder import Rope
-from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.errors import CheckpointError
 
-LONGROPE_NAMES = ("longrope", "su")
+# What transformers' AutoModelForCausalLM makes of a model_type, whatever `architectures` says.
+CAUSAL_MODELS: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "phimoe": "PhiMoEForCausalLM",
+}
 MAX_COUNT = 1 << 53  # Larger ones do not survive the trip through a float.
 MAX_NUMBER = sys.float_info.max
 
@@ -30,9 +29,18 @@ class Config:
 
     @property
     def architecture(self) -> str:
-        """First name in `architectures`; empty when there is none."""
-        names = self.fields.get("architectures")
-        return str(names[0]) if isinstance(names, list) and names else ""
+        """The model class to read; empty when nothing names one.
+
+        As in transformers `model_type` decides between several names, and where there is none.
+        """
+        found = self.fields.get("architectures") or []
+        if not isinstance(found, list):
+            return ""
+        names = [str(name) for name in found]
+        causal = CAUSAL_MODELS.get(self.model_type, "")
+        if not names or causal in names or names[0] in CAUSAL_MODELS.values():
+            return causal or (names[0] if names else "")
+        return names[0]
 
     @property
     def model_type(self) -> str:
@@ -107,62 +115,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: found {type(data).__name__}; allowed a JSON object")
     return data
-
-
-def normalize_rope(config: Config, head_dim: int) -> Rope:
-    """Return the rotary embedding; UnsupportedError names a scaling that is not known.
-
-    Where a value is given twice, the one that transformers 5 uses for Phi-3 wins.
-    """
-    scaling = _rope_scaling(config)
-    kind = scaling.fields.get("rope_type") or scaling.fields.get("type") or "default"
-    theta = scaling.number("rope_theta", config.number("rope_theta", 10000.0))
-    share = config.number("partial_rotary_factor", 1.0)
-    share = scaling.number("partial_rotary_factor", share)
-    context = config.integer("max_position_embeddings")
-    rotary_dim = int(head_dim * share)
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        raise config.error("partial_rotary_factor", share, f"what makes {head_dim} x it even")
-    if kind == "default":
-        return Rope(theta, rotary_dim, context)
-    if kind not in LONGROPE_NAMES:
-        raise UnsupportedError(
-            f"{scaling.where}: type: got {kind!r}; supported: none, {', '.join(LONGROPE_NAMES)}"
-        )
-    inside = scaling.fields.get("original_max_position_embeddings")
-    original = config.integer("original_max_position_embeddings", inside)
-    if original < 2:
-        raise config.error("original_max_position_embeddings", original, "2 or more")
-    scale = _attention_scale(scaling, context, original)
-    return Rope(
-        theta=theta,
-        rotary_dim=rotary_dim,
-        original_context=original,
-        short_factors=scaling.numbers("short_factor", rotary_dim // 2),
-        long_factors=scaling.numbers("long_factor", rotary_dim // 2),
-        short_scale=scaling.number("short_mscale", scale),
-        long_scale=scaling.number("long_mscale", scale),
-    )
-
-
-def _rope_scaling(config: Config) -> Config:
-    """`rope_scaling` where it says something, else `rope_parameters`, else nothing."""
-    for key in ("rope_scaling", "rope_parameters"):
-        value = config.fields.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise config.error(key, value, "a mapping or null")
-        if value:
-            scaling = Config(f"{config.where}: {key}", value)
-            for inner, settings in value.items():
-                if isinstance(settings, dict):
-                    raise scaling.error(inner, settings, "one setting for all layers")
-            return scaling
-    return Config(f"{config.where}: rope_scaling", {})
-
-
-def _attention_scale(scaling: Config, context: int, original: int) -> float:
-    """LongRoPE's factor on cos and sin (Ding et al. 2024, as in transformers)."""
-    if scaling.fields.get("attention_factor") is not None:
-        return scaling.number("attention_factor")
-    factor = scaling.number("factor", context / original)
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

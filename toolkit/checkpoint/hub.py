@@ -15,6 +15,7 @@ from toolkit.checkpoint import CONFIG_FILES, MORE_TEMPLATES, TOKENIZER_FILES, Ch
 from toolkit.checkpoint.config import Config, read_config
 from toolkit.checkpoint.download import RemoteFile, fetch
 from toolkit.checkpoint.hub_errors import explain, host, is_unreachable
+from toolkit.checkpoint.quantized import check_quantization
 from toolkit.checkpoint.safetensors import INDEX, SINGLE, read_weight_map
 from toolkit.console import Console, format_bytes
 from toolkit.errors import CheckpointError, PhishipError
@@ -121,8 +122,10 @@ class _Download:
         _require_checkpoint(repository, siblings)
         small = [name for name in siblings if name in SMALL_FILES or MORE.fullmatch(name)]
         folder = self._fetch_small(commit, small)
+        config = read_config(folder / "config.json")
+        check_quantization(config)
         if accept:
-            accept(read_config(folder / "config.json"))
+            accept(config)
         weights = _weight_files(repository, folder, siblings)
         self._fetch_weights(commit, [siblings[name] for name in weights])
         self._fetch_small(commit, [*small, *weights])

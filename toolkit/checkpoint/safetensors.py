@@ -18,7 +18,8 @@ from toolkit.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+FP8 = "F8_E4M3"
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
 SHARD_NAME = re.compile(r"[^/\\:]+\.safetensors")
 
 

@@ -55,7 +55,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
 
 def read_special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     """The texts of the named special tokens that the checkpoint has, by name."""
-    path = checkpoint.folder / "special_tokens_map.json"
+    path = checkpoint.tokenizer_folder / "special_tokens_map.json"
     fields: dict[str, Any] = read_json(path) if path.is_file() else {}
     fields |= {key: value for key, value in checkpoint.tokenizer_config.items() if value}
     tokens = {name: fields[name] for name in SPECIAL_TOKENS if fields.get(name)}
@@ -71,10 +71,10 @@ def list_files(folder: Path) -> dict[str, Path]:
 
 def _list_templates(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     """Where the templates stand, and all of them by name."""
-    if files := list_files(checkpoint.folder):
-        first = files.get(DEFAULT, checkpoint.folder / MORE_TEMPLATES)
+    if files := list_files(checkpoint.tokenizer_folder):
+        first = files.get(DEFAULT, checkpoint.tokenizer_folder / MORE_TEMPLATES)
         return str(first), {name: _read_text(path) for name, path in files.items()}
-    where = f"{checkpoint.folder / 'tokenizer_config.json'}: chat_template"
+    where = f"{checkpoint.tokenizer_folder / 'tokenizer_config.json'}: chat_template"
     found = checkpoint.tokenizer_config.get("chat_template")
     if isinstance(found, str):
         return where, {DEFAULT: found}

@@ -15,11 +15,11 @@ PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Read tokenizer.json, or what stands for it; CheckpointError when it is missing or damaged."""
-    path = checkpoint.folder / "tokenizer.json"
+    path = checkpoint.tokenizer_folder / "tokenizer.json"
     if made := checkpoint.made_tokenizer:
         return Tokenizer.from_buffer(made)
     if not path.is_file():
-        has_model = (checkpoint.folder / "tokenizer.model").is_file()
+        has_model = (checkpoint.tokenizer_folder / "tokenizer.model").is_file()
         found = "only tokenizer.model" if has_model else "no tokenizer"
         raise CheckpointError(
             f"{path}: missing; found {found}, and no {RANKS_FILE} to make it of",

@@ -2,13 +2,30 @@
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from toolkit.checkpoint.config import Config, normalize_rope
+from toolkit.checkpoint.config import Config
+from toolkit.checkpoint.rope import normalize_rope
 from toolkit.decoder import Decoder, TensorNames
 from toolkit.errors import UnsupportedError
+
+# What layers much like Phi-3's have beside them, by architecture: said where one is refused.
+UNLIKE: Mapping[str, str] = {
+    "CohereForCausalLM": "layer norms, and attention beside the MLP",
+    "Gemma2ForCausalLM": "norms behind attention and MLP, and caps on logits",
+    "GemmaForCausalLM": "norms that add 1 to their weights, and GELU",
+    "GraniteForCausalLM": "multipliers of embeddings, residuals and logits",
+    "MixtralForCausalLM": "experts picked by softmax",
+    "OlmoForCausalLM": "layer norms without weights",
+    "Olmo2ForCausalLM": "norms of queries and keys, and norms behind attention and MLP",
+    "PhiForCausalLM": "layer norms and biases",
+    "Qwen2ForCausalLM": "biases of queries, keys and values",
+    "Qwen3ForCausalLM": "norms of queries and keys",
+    "StableLmForCausalLM": "layer norms and partial rotary embeddings",
+    "Starcoder2ForCausalLM": "layer norms and biases",
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +39,7 @@ class Evidence:
 class Family(Protocol):
     """What families/<name>.py offers; `VERIFIED` has every format that can hold the family."""
 
-    ARCHITECTURE: str
+    ARCHITECTURES: Sequence[str]
     MODELS: str
     VERIFIED: Mapping[str, Evidence]
 
@@ -40,12 +57,14 @@ def find_family(config: Config) -> Family:
     names = [info.name for info in pkgutil.iter_modules(__path__)]
     modules = [cast(Family, importlib.import_module(f"{__name__}.{name}")) for name in names]
     for module in modules:
-        if config.architecture == module.ARCHITECTURE:
+        if config.architecture in module.ARCHITECTURES:
             return module
-    supported = "; ".join(f"{m.ARCHITECTURE} ({m.MODELS})" for m in modules)
+    supported = "; ".join(f"{', '.join(m.ARCHITECTURES)} ({m.MODELS})" for m in modules)
+    unlike = UNLIKE.get(config.architecture)
+    has = f", whose layers have {unlike}" if unlike else ""
     raise UnsupportedError(
         f"{config.where}: architectures: got {config.architecture or 'nothing'!r} "
-        f"(model_type {config.model_type!r}); supported: {supported}"
+        f"(model_type {config.model_type!r}){has}; supported: {supported}"
     )
 
 

@@ -4,7 +4,7 @@ from toolkit.checkpoint.config import Config
 from toolkit.decoder import Decoder, TensorNames
 from toolkit.families import Evidence, read_usual
 
-ARCHITECTURE = "Phi3ForCausalLM"
+ARCHITECTURES = ("Phi3ForCausalLM",)
 MODELS = "Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini"
 _CONTEXTS = "tests/formats/test_published_contexts.py"
 VERIFIED = {

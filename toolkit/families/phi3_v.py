@@ -13,7 +13,7 @@ from toolkit.decoder import Decoder
 from toolkit.families import Evidence, read_decoder
 from toolkit.vision import VisionEncoder, VisionNames
 
-ARCHITECTURE = "Phi3VForCausalLM"
+ARCHITECTURES = ("Phi3VForCausalLM",)
 MODELS = "Phi-3-vision, Phi-3.5-vision"
 TEXT_ARCHITECTURE = "Phi3ForCausalLM"
 TOWER = "openai/clip-vit-large-patch14-336"

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
-from toolkit.checkpoint.config import Config, normalize_rope
+from toolkit.checkpoint.config import Config
+from toolkit.checkpoint.rope import normalize_rope
 from toolkit.decoder import BlockSparse, Decoder, Parts, Rows, TensorNames
 from toolkit.families import Evidence
 
-ARCHITECTURE = "Phi3SmallForCausalLM"
+ARCHITECTURES = ("Phi3SmallForCausalLM",)
 MODELS = "Phi-3-small"
 QKV = "model.layers.{}.self_attn.query_key_value.weight"
 UP = "model.layers.{}.mlp.up_proj.weight"

@@ -6,7 +6,7 @@ from toolkit.checkpoint.config import Config
 from toolkit.decoder import Decoder, Experts, Kind, Rows, TensorNames
 from toolkit.families import Evidence, read_usual
 
-ARCHITECTURE = "PhiMoEForCausalLM"
+ARCHITECTURES = ("PhiMoEForCausalLM",)
 MODELS = "Phi-3.5-MoE"
 ATTENTION = "model.layers.{}.self_attn."
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}."

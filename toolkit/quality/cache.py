@@ -16,7 +16,7 @@ import numpy as np
 
 from toolkit import __version__
 from toolkit import checkpoint as reading
-from toolkit.checkpoint import Checkpoint, lora, safetensors
+from toolkit.checkpoint import Checkpoint, fp8, lora, merged, safetensors, split
 from toolkit.decoder import Decoder
 from toolkit.quality import reference
 from toolkit.quality.reference import Array
@@ -41,9 +41,9 @@ def name_states(
 
     The fingerprint looks at the ends of tensors only; the files' times tell of an edit in between.
     """
-    modules = (reading, lora, safetensors, reference)
+    modules = (reading, fp8, lora, merged, safetensors, split, reference)
     code = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
-    names = sorted({info.file for info in checkpoint.tensors.values()})
+    names = checkpoint.files
     stats = [(checkpoint.folder / name).stat() for name in names]
     files = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats, strict=True)]
     weights = [checkpoint.fingerprint(), *files]

@@ -178,8 +178,8 @@ def rotary_tables(rope: Rope, length: int) -> tuple[Array, Array]:
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
     steps = np.power(rope.theta, exponents, dtype=np.float64).astype(np.float32)
     scale = 1.0
-    if rope.is_long:
-        is_beyond = length > rope.original_context
+    if rope.short_factors:
+        is_beyond = rope.is_long and length > rope.original_context
         factors = rope.long_factors if is_beyond else rope.short_factors
         steps = steps * np.array(factors, np.float32)
         scale = rope.long_scale if is_beyond else rope.short_scale

@@ -152,7 +152,7 @@ def write_rest(
     folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, context_length: int
 ) -> None:
     """Write what Ollama and LlamaEdge take; llama.cpp itself needs the one file only."""
-    tokens = read_vocabulary(checkpoint.folder, decoder.vocab).tokens
+    tokens = read_vocabulary(checkpoint.tokenizer_folder, decoder.vocab).tokens
     model = describe_model(checkpoint, tokens, context_length)
     write_text(folder / MODELFILE, write_modelfile(model))
     write_text(folder / SCRIPT, write_script(recipe.name, context_length))
@@ -163,7 +163,7 @@ def write_tokenizer(folder: Path, recipe: Recipe, decoder: Decoder, checkpoint: 
 
     UnsupportedError when llama.cpp has no such tokenizer, or no such splitting into words.
     """
-    vocabulary = read_vocabulary(checkpoint.folder, decoder.vocab)
+    vocabulary = read_vocabulary(checkpoint.tokenizer_folder, decoder.vocab)
     path = folder / layout.DATA_FILE
     if vocabulary.foreign:
         raise UnsupportedError(f"llama.cpp has no tokenizer for {vocabulary.foreign}")

@@ -27,7 +27,7 @@ QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION (ggml.h)
 def header_bytes(recipe: GgufRecipe, decoder: Decoder, checkpoint: Checkpoint) -> bytes:
     """Everything before the data, padded to its alignment."""
     writer = require("gguf").GGUFWriter(path=None, arch=decoder.family)
-    vocabulary = complete(read_vocabulary(checkpoint.folder, decoder.vocab), checkpoint)
+    vocabulary = complete(read_vocabulary(checkpoint.tokenizer_folder, decoder.vocab), checkpoint)
     _add_general(writer, recipe, decoder, vocabulary.tokens)
     _add_architecture(writer, decoder, checkpoint)
     add_tokenizer(writer, checkpoint, vocabulary)

@@ -35,10 +35,10 @@ class Stored:
 
 
 def place(recipe: GgufRecipe, decoder: Decoder) -> tuple[list[Stored], int]:
-    """Every tensor in the order it lies, LongRoPE's factors first; and the data's size in bytes."""
+    """Every tensor in the order it lies, rotary factors first; and the data's size in bytes."""
     types = choose_types(recipe.quantization, decoder)
     shapes = decoder.shapes()
-    factors = (len(decoder.rope.long_factors),)
+    factors = (len(decoder.rope.short_factors),)
     entries: list[tuple[str, GgmlType, tuple[int, ...]]]
     entries = [(name, GgmlType.F32, factors) for name in rope_factors(decoder)]
     for name, sources in source_names(decoder).items():
@@ -139,11 +139,11 @@ def list_folds(decoder: Decoder) -> dict[str, Fold]:
 
 
 def rope_factors(decoder: Decoder) -> dict[str, tuple[float, ...]]:
-    """GGUF name -> values of LongRoPE's factors; empty without it."""
-    if not decoder.rope.is_long:
+    """GGUF name -> values of the rotary factors, for long and short texts; empty without them."""
+    if not decoder.rope.short_factors:
         return {}
     return {
-        "rope_factors_long.weight": decoder.rope.long_factors,
+        "rope_factors_long.weight": decoder.rope.long_factors or decoder.rope.short_factors,
         "rope_factors_short.weight": decoder.rope.short_factors,
     }
 

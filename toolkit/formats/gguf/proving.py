@@ -70,7 +70,7 @@ def write_proven(
 
 
 def _digest(checkpoint: Checkpoint) -> str:
-    return hashlib.sha256((checkpoint.folder / "tokenizer.json").read_bytes()).hexdigest()
+    return hashlib.sha256((checkpoint.tokenizer_folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def _search(path: Path, first: str, vocabulary: Vocabulary, checkpoint: Checkpoint) -> Proof:

@@ -43,7 +43,7 @@ def add_tokenizer(writer: Any, checkpoint: Checkpoint, vocabulary: Vocabulary) -
     writer.add_token_types([int(token.kind) for token in tokens])
     logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of Phi-3's own post-processor
     special = require("gguf").SpecialVocab(
-        checkpoint.folder, load_merges=vocabulary.is_byte_level, n_vocab=len(tokens)
+        checkpoint.tokenizer_folder, load_merges=vocabulary.is_byte_level, n_vocab=len(tokens)
     )
     strippers = texts_to_strip(tokens)
     if strippers:

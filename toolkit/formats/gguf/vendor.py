@@ -90,7 +90,7 @@ def plan_export(recipe: Recipe, decoder: Decoder, checkpoint: Checkpoint, places
         )
     precision = settings.precision
     is_plain = precision in UNQUANTIZED and not (settings.embedding or settings.head)
-    vocabulary = read_vocabulary(checkpoint.folder, decoder.vocab)
+    vocabulary = read_vocabulary(checkpoint.tokenizer_folder, decoder.vocab)
     if not vocabulary.is_byte_level:
         _check_tokenizer(recipe, checkpoint)
     tokens = vocabulary.tokens

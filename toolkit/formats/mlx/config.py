@@ -108,8 +108,9 @@ def _spell_rope(recipe: MlxRecipe, decoder: Decoder, source: Mapping[str, Any]) 
     spelled: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
     if share is not None:
         spelled["partial_rotary_factor"] = share
-    if rope.is_long:
+    if rope.short_factors:
         short = list(rope.short_factors)
+        is_one = recipe.rope_factors == "short" or not rope.is_long
         spelled["original_max_position_embeddings"] = rope.original_context
         spelled["rope_scaling"] = {
             # The same for mlx-lm and mlx-vlm; transformers, which reads this file for its
@@ -119,7 +120,7 @@ def _spell_rope(recipe: MlxRecipe, decoder: Decoder, source: Mapping[str, Any]) 
             # about a missing factor; it is what it would compute.
             "factor": decoder.context / rope.original_context,
             "short_factor": short,
-            "long_factor": short if recipe.rope_factors == "short" else list(rope.long_factors),
+            "long_factor": short if is_one else list(rope.long_factors),
         }
         if decoder.experts:
             scale = rope.short_scale if recipe.rope_factors == "short" else rope.long_scale

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from toolkit import __version__
 from toolkit.artifact import Chat
 from toolkit.checkpoint import Checkpoint
-from toolkit.checkpoint.lora import find_adapter
+from toolkit.checkpoint.merged import find_adapter
 from toolkit.decoder import BlockSparse, Decoder, Special
 from toolkit.errors import PlanError
 from toolkit.formats import RuntimeNeeds
@@ -189,7 +189,7 @@ def write_rest(
     adapter = find_adapter(checkpoint) if recipe.adapter_apart else None
     if adapter:
         apart.write(folder / apart.FILE, recipe, adapter)
-    adapted = adapter.updates if adapter else ()
+    adapted = adapter.changes if adapter else ()
     _write_model(folder / "model.onnx", graph.make_model(placed, producer, adapted))
     config = genai.make_config(recipe, decoder, checkpoint, context_length)
     if decoder.vision:

@@ -35,16 +35,29 @@ def measure(recipe: Recipe, decoder: Decoder, adapter: Adapter) -> int:
     where, merged = f"{recipe.name}: adapter_apart", "leave it out to have the adapter merged"
     if decoder.vision:
         raise PlanError(f"{where}: is for models that read text alone", advice=merged)
+    if adapter.is_untied:
+        raise PlanError(
+            f"{where}: the adapter changes the head or the embedding of a model that has one "
+            "tensor for both",
+            advice=merged,
+        )
+    for name, some in adapter.changes.items():
+        if beyond := next((one.beyond for one in some if one.beyond), ""):
+            raise PlanError(
+                f"{where}: {name}: the adapter has {beyond} for it; beside a model stand low-rank "
+                "updates of linear layers alone",
+                advice=merged,
+            )
     placed = layout.lay_out(recipe, decoder, decoder.context)
     able = {parts[0].tensor for parts in placed.linears.values() if _is_plain(parts)}
-    if unable := sorted(set(adapter.updates) - able):
+    if unable := sorted(set(adapter.changes) - able):
         raise PlanError(
             f"{where}: {unable[0]}: it is a router, or its rows go into one operator with those of "
             f"others, or in another order ({decoder.family}); a branch goes beside matrices that "
             "are one operand of a layer",
             advice=merged,
         )
-    return adapter.weights * ITEM_BYTES[recipe.io_dtype] + BRANCH_BYTES * len(adapter.updates)
+    return adapter.weights * ITEM_BYTES[recipe.io_dtype] + BRANCH_BYTES * len(adapter.changes)
 
 
 def _is_plain(parts: Parts) -> bool:

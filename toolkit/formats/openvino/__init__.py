@@ -1,7 +1,6 @@
 """OpenVINO IR for openvino-genai: int4, int8, f16; for Intel CPUs, GPUs and NPUs."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -193,7 +192,7 @@ def write_rest(
         vision.write_networks(folder, recipe, decoder, checkpoint)
     else:
         graph.make_network(recipe, decoder).write(folder / MAIN_FILE)
-        shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
+        (folder / "config.json").write_bytes(checkpoint.config_bytes())
     checkpoint.write_tokenizer(folder)
     with suppress(UnsupportedError):  # which the build has said: the source's own answers then
         tokenizer.write_tokenizer(checkpoint, folder)

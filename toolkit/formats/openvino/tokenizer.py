@@ -53,7 +53,7 @@ def _make(checkpoint: Checkpoint, size_bytes: int) -> dict[str, bytes]:
         checkpoint.write_tokenizer(scratch)
         (scratch / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
         convert = _convert if size_bytes < ALONE_FROM_BYTES else _convert_alone
-        convert(scratch, made, str(checkpoint.folder))
+        convert(scratch, made, str(checkpoint.tokenizer_folder))
         return {path.name: path.read_bytes() for path in sorted(made.iterdir())}
 
 
