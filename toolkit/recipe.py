@@ -10,6 +10,7 @@ from toolkit.decoder import Decoder
 Engine = Literal["native", "vendor"]
 Method = Literal["rtn", "gptq"]
 # An adapter changes bytes, but not by where it lies: its digest is part of the source's.
+LEAST_GROUP = 32  # of weights with one scale; all formats have it
 BESIDE_THE_BYTES = ("name", "title", "first_choice", "check", "smoke", "adapter")
 
 
@@ -26,10 +27,23 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     equalize: bool = False
     calibration_tokens: Annotated[int, msgspec.Meta(ge=2)] = 8192
 
+    def fit(self, decoder: Decoder) -> "Quantization":
+        """The same for a model whose rows the groups may not divide: with smaller groups then."""
+        del decoder
+        return self
+
     @property
     def is_calibrated(self) -> bool:
         """True when building takes a calibration text."""
         return self.method != "rtn" or self.equalize
+
+
+def fit_group(size: int, decoder: Decoder) -> int:
+    """The largest group of `size`, a half, a quarter and so on that divides the layers' rows."""
+    columns = (decoder.hidden, decoder.heads * decoder.head_dim, decoder.intermediate)
+    while size > LEAST_GROUP and any(count % size for count in columns):
+        size //= 2
+    return size
 
 
 class Recipe(
@@ -63,9 +77,13 @@ class Recipe(
 
     def bind(self, model: str, decoder: Decoder) -> "Recipe":
         """A recipe for any model as one of this model; its context is the model's at most."""
-        context = min(self.context_length or decoder.context, decoder.context)
-        name = f"{model}-{self.name}"
-        return msgspec.structs.replace(self, name=name, model=model, context_length=context)
+        return msgspec.structs.replace(
+            self,
+            name=f"{model}-{self.name}",
+            model=model,
+            context_length=min(self.context_length or decoder.context, decoder.context),
+            quantization=self.quantization.fit(decoder),
+        )
 
     def with_engine(self, engine: Engine) -> "Recipe":
         """The same recipe, made by another engine."""

@@ -1,6 +1,7 @@
 """Recipes, targets, models and plans, through the command line where a user would."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -56,6 +57,18 @@ def test_recipe_names_follow_the_pattern() -> None:
         kinds = "onnx-(cpu|cuda)|gguf|openvino|mlx"
         assert re.fullmatch(rf"(({models})-)?({kinds})-[a-z0-9_-]+", name), name
         assert name.startswith(f"{recipe.model}-{recipe.format}".lstrip("-"))
+
+
+def test_a_recipe_for_any_model_takes_smaller_groups_where_rows_ask_for_them() -> None:
+    decoder = replace(known_decoder("phi-3-mini-4k"), hidden=576, heads=9, head_dim=64)
+    expected = {"openvino-int4": 64, "openvino-npu-int4": -1, "mlx-4bit-group128": 64}
+    for name, size in expected.items():
+        bound = catalog.load_recipe(name).bind("fine-tune", decoder)
+        assert bound.quantization.group_size == size
+        assert bound.name == f"fine-tune-{name}"
+    assert catalog.load_recipe("onnx-cpu-int4-block128").bind(
+        "x", decoder
+    ).quantization.block_size == 64  # fmt: skip
 
 
 def test_known_sizes() -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 
 from toolkit.decoder import Decoder
-from toolkit.recipe import Quantization, Recipe
+from toolkit.recipe import Quantization, Recipe, fit_group
 
 Bits = Literal[2, 3, 4, 5, 6, 8, 16]
 GroupSize = Literal[32, 64, 128]
@@ -39,6 +39,11 @@ class MlxQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_fi
     vision_bits: Bits | None = None
     overrides: dict[str, MlxOverride] = msgspec.field(default_factory=dict)
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+
+    def fit(self, decoder: Decoder) -> Quantization:
+        """The same with smaller groups where these do not divide the model's rows."""
+        size = fit_group(self.group_size, decoder)
+        return msgspec.structs.replace(self, group_size=size)
 
 
 class MlxRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="mlx"):

@@ -4,7 +4,8 @@ from typing import Literal
 
 import msgspec
 
-from toolkit.recipe import Quantization, Recipe
+from toolkit.decoder import Decoder
+from toolkit.recipe import Quantization, Recipe, fit_group
 
 BITS = {"int4": 4, "int8": 8}
 Kind = Literal["int4", "int8"]
@@ -29,6 +30,11 @@ class OnnxQuantization(Quantization, frozen=True, kw_only=True, forbid_unknown_f
     head: Literal["int4", "int8", "fp16", "fp32"] = "int4"
     vision: Literal["int4", "int8", "fp16", "fp32"] | None = None
     overrides: dict[str, Kind] = msgspec.field(default_factory=dict)
+
+    def fit(self, decoder: Decoder) -> Quantization:
+        """The same with smaller blocks where these do not divide the model's rows."""
+        size = fit_group(self.block_size, decoder)
+        return msgspec.structs.replace(self, block_size=size)
 
 
 class OnnxRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="onnx"):

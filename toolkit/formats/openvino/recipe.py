@@ -4,7 +4,8 @@ from typing import Literal
 
 import msgspec
 
-from toolkit.recipe import Quantization, Recipe
+from toolkit.decoder import Decoder
+from toolkit.recipe import Quantization, Recipe, fit_group
 
 Kind = Literal["int4", "int8", "f16"]
 
@@ -39,9 +40,22 @@ class OpenvinoQuantization(Quantization, frozen=True, kw_only=True, forbid_unkno
         """True when any tensor is stored in 4 bits."""
         return "int4" in (self.precision, self.embedding, self.head, *self.overrides.values())
 
+    def fit(self, decoder: Decoder) -> Quantization:
+        """The same with smaller groups where these do not divide the model's rows."""
+        size = fit_group(self.group_size, decoder)
+        return msgspec.structs.replace(self, group_size=size)
+
 
 class OpenvinoRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="openvino"):
     """An artifact for openvino-genai. `npu` allows only what NPU drivers take."""
 
     provider: Literal["cpu", "gpu", "npu"] = "cpu"
     quantization: OpenvinoQuantization
+
+    def bind(self, model: str, decoder: Decoder) -> Recipe:
+        """As every recipe; NPUs take groups of 128 or whole rows."""
+        bound = super().bind(model, decoder)
+        quantization = bound.quantization
+        if self.provider == "npu" and quantization != self.quantization:
+            quantization = msgspec.structs.replace(self.quantization, group_size=-1)
+        return msgspec.structs.replace(bound, quantization=quantization)
