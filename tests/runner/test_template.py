@@ -210,4 +210,4 @@ def test_build_and_device_ask_for_the_same_jinja2() -> None:
     from toolkit.runner import rendering, template
 
     assert artifact.REQUIREMENT == template.REQUIREMENT
-    assert template.REQUIREMENT == "jinja2>=" + ".".join(map(str, rendering.OLDEST_JINJA))
+    assert "jinja2>=" + ".".join(map(str, rendering.OLDEST_JINJA)) == template.REQUIREMENT
