@@ -37,7 +37,7 @@ BAD: list[tuple[str, Change, str]] = [
     ("onnx", put(GENAI, "model", "decoder", "num_hidden_layers", value=5),
      r"model\.onnx has no input 'past_key_values\.4\.key'"),
     ("onnx", put("tokenizer_config.json", "chat_template", value=None), "chat_template: got None"),
-    ("onnx", put("tokenizer_config.json", "chat_template", value="{% for %}"), "template is not valid"),
+    ("onnx", put("tokenizer_config.json", "chat_template", value="{% for %}"), "is not valid"),
     ("onnx", lambda folder: (folder / GENAI).write_text("{"), r"genai_config\.json"),
     ("mlx", drop("model.safetensors"), r"model\.safetensors: is missing; it holds weights"),
     ("mlx", cut("model.safetensors"), r"model\.safetensors: found \d+ bytes; its header says \d+"),
