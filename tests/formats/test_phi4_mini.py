@@ -131,7 +131,10 @@ def test_the_converters_splitting_has_other_ids_for_letters_with_marks(
     assert any("नमस्ते" in mismatch.text for mismatch in different)
 
 
-def test_llama_servers_chat_has_the_sources_ids(source: Path, written: Path) -> None:
+def test_llama_servers_chat_has_the_sources_ids(
+    source: Path, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "CHAT_TEMPLATE", "")  # the file's
     checkpoint = Checkpoint.open(source)
     template = jinja2.Template(checkpoint.tokenizer_config["chat_template"])
     text = template.render(messages=CONVERSATION, add_generation_prompt=True)

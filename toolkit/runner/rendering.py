@@ -1,8 +1,9 @@
 """Renders chat templates in a process of its own, so that one that misbehaves can be stopped.
 
-template.py runs this file's text: python -c TEXT MEMORY_BYTES. Requests and answers are one line of
-JSON each. The environment is the one of transformers' apply_chat_template
-(utils/chat_template_utils.py of transformers 5), which published templates are written for.
+template.py has this file's text run by a Python of its own, with MEMORY_BYTES as first argument.
+Requests and answers are one line of JSON each. The environment is the one of transformers'
+apply_chat_template (utils/chat_template_utils.py of transformers 5), which published templates are
+written for.
 """
 
 from __future__ import annotations

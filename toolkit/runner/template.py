@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # What decides where this Python finds its packages.
 FLAGS = {"-I": sys.flags.isolated, "-S": sys.flags.no_site}
+# Reads the program from standard input, where no list of processes shows it.
+BOOT = "import sys; exec(sys.stdin.buffer.read(int(sys.argv[2])))"
 REQUIREMENT = "jinja2>=3.1.6"
 
 
@@ -115,12 +117,16 @@ class Renderer:
             self._stop()
             source = pkgutil.get_data(__package__, "rendering.py") or b""
             flags = [name for name, is_on in FLAGS.items() if is_on]
-            command = [sys.executable, *flags, "-B", "-c", source.decode("utf-8")]
+            command = [sys.executable, *flags, "-B", "-c", BOOT]
             self._process = subprocess.Popen(
-                [*command, str(self._limits.memory_bytes)],
+                [*command, str(self._limits.memory_bytes), str(len(source))],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             )  # fmt: skip
             self._is_ready = False
+            assert self._process.stdin
+            with contextlib.suppress(OSError):  # what became of the child is asked later
+                self._process.stdin.write(source)  # a pipe holds all of it
+                self._process.stdin.flush()
         return self._process
 
     def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
