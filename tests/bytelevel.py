@@ -6,6 +6,9 @@ published tokenizer less 198,718.
 """
 
 import codecs
+import contextlib
+import importlib
+import io
 import json
 from functools import cache
 from pathlib import Path
@@ -14,7 +17,6 @@ from typing import Any
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 
 from tests.checkpoints import Dtype, random_weights, variant_config, write_safetensors
-from toolkit.quality.gate import read_zen
 from toolkit.quality.tokens import PROBES
 
 BASE_TOKENS = 1280
@@ -145,5 +147,12 @@ def list_added() -> list[dict[str, Any]]:
 
 
 def _texts() -> list[str]:
-    zen = read_zen()
+    zen = _read_zen()
     return [zen, codecs.encode(zen, "rot13"), *PROBES, *(text * 3 for text in MARKED)]
+
+
+def _read_zen() -> str:
+    """The Zen of Python, a text that is the same in every Python."""
+    with contextlib.redirect_stdout(io.StringIO()):  # the module prints itself when imported
+        module = importlib.import_module("this")
+    return codecs.decode(module.s, "rot13")

@@ -373,7 +373,8 @@ def _run_gate(
         quality = run_gate(
             session, checkpoint, plan.source_decoder, chat, plan.limits,
             check_logits=check_logits, smoke=recipe.smoke, console=console,
-            context_length=plan.context_length,
+            # Only where the artifact is to agree with its source.
+            context_length=min(plan.context_length, plan.needs.valid_context[1] + 1),
             # Unchecked, a vendor's artifact is what the vendor makes; parity says how it differs.
             check_tokens=check_logits or recipe.engine == "native",
             compare=compare, encode=encode, read=read,

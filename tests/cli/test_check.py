@@ -305,7 +305,7 @@ def test_logits_that_are_not_numbers_fail(artifacts, example, tmp_path):
     artifact.write_manifest(
         folder, msgspec.structs.replace(manifest, files=artifact.list_files(folder))
     )
-    with pytest.raises(GateError, match="the artifact's logits hold NaN or infinity"):
+    with pytest.raises(GateError, match=r"1 of 27 stored tensors are not .* lm_head\.weight"):
         check(folder, example, tokens=100)
 
 

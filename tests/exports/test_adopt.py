@@ -79,7 +79,11 @@ def test_what_is_compared_with_its_source_is_checked(
     original = read_manifest(artifacts[kind])
     assert manifest.quality.checked
     values = [(one.name, one.value) for one in manifest.quality.measures]
-    assert values == [(one.name, one.value) for one in original.quality.measures]
+    # What made it is not known, and so not what its own weights are: the distance is measured.
+    correct = {"stored tensors off", "runtime KL"}
+    assert values == [
+        (one.name, one.value) for one in original.quality.measures if one.name not in correct
+    ]
     assert manifest.source.digest == original.source.digest
 
 

@@ -4,7 +4,6 @@ The runtime here is the checkpoint itself, or a checkpoint with something broken
 in real artifacts and real runtimes is in test_gate_runtimes.py.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +11,20 @@ import numpy as np
 import pytest
 
 from tests.quality.sources import SourceSession, copy_with_scaled_tensor, edit_json
+from toolkit import catalog
 from toolkit.artifact import Limits, Quality, Smoke
 from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint.config import Config
 from toolkit.console import Console
 from toolkit.errors import CheckpointError, GateError
 from toolkit.families import read_decoder
 from toolkit.quality.chat import read_chat
-from toolkit.quality.gate import FailedGateError, probe_ids, read_zen, run_gate
+from toolkit.quality.gate import FailedGateError, run_gate
 from toolkit.quality.measures import Comparison, compare_logits
+from toolkit.quality.ordinary import CHATS
+from toolkit.quality.probe import LEAST_LENGTH, MOST_LENGTH, choose_length, read_probe
 
+LIMITS = Limits(max_kl=0.1, min_top1=0.9)
 SMOKE = Smoke(prompt="What is the capital of France?", expect="Paris")
 
 
@@ -38,7 +42,7 @@ def gate(
         checkpoint,
         read_decoder(checkpoint.config),
         read_chat(checkpoint),
-        limits or Limits(),
+        limits or LIMITS,
         check_logits=check_logits,
         smoke=smoke,
         console=Console(as_json=True),
@@ -65,8 +69,8 @@ def test_the_source_passes_its_own_gate(session, example):
     assert found["smoke answer"] == 1
     assert found["source perplexity"] == found["artifact perplexity"] > 1
     limits = {measure.name: measure.limit for measure in quality.measures}
-    assert limits["mean KL"] == Limits().max_kl
-    assert limits["top-1 agreement"] == Limits().min_top1
+    assert limits["mean KL"] == LIMITS.max_kl
+    assert limits["top-1 agreement"] == LIMITS.min_top1
 
 
 def test_without_logits_the_result_says_unchecked(session, example):
@@ -197,15 +201,24 @@ def test_a_tokenizer_beyond_the_vocabulary_is_the_sources_fault(session, example
         gate(session, folder)
 
 
-def test_the_probe_is_a_chat_of_bounded_length(example):
+def test_the_probe_is_chats_of_one_length(example):
     checkpoint = Checkpoint.open(example)
-    chat = read_chat(checkpoint)
-    ids = probe_ids(checkpoint, chat, 4096)
-    assert 128 <= len(ids) <= 256
-    text = SourceSession(example).tokenizer.decode(ids, skip_special_tokens=False)
-    assert text.startswith(chat.turns["user"][0].strip())
-    assert "Beautiful is better than ugly" in text
-    assert probe_ids(checkpoint, chat, 50) == ids[:49]
+    chat, decoder = read_chat(checkpoint), read_decoder(checkpoint.config)
+    probe = read_probe(checkpoint, chat, decoder, 4096)
+    assert {len(ids) for ids in probe} == {MOST_LENGTH}
+    tokenizer = SourceSession(example).tokenizer
+    for ids, (asked, _) in zip(probe, CHATS, strict=True):
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        assert text.startswith(chat.turns["user"][0].strip())
+        assert asked in text
+    assert read_probe(checkpoint, chat, decoder, 50) == [ids[:49] for ids in probe]
+
+
+def test_a_large_model_reads_less(example):
+    decoder = read_decoder(Checkpoint.open(example).config)
+    assert choose_length(decoder) == MOST_LENGTH
+    phi = read_decoder(Config("config.json", catalog.load_model("phi-3-mini-4k").config))
+    assert choose_length(phi) == LEAST_LENGTH
 
 
 def test_the_probe_fits_the_artifacts_own_context(session, example):
@@ -224,7 +237,7 @@ def test_the_probe_fits_the_artifacts_own_context(session, example):
         console=Console(as_json=True),
         context_length=64,
     )
-    assert lengths == [63]
+    assert lengths == [63] * len(CHATS)
 
 
 def test_another_comparison_may_take_the_probes_place(session, example):
@@ -273,9 +286,3 @@ def test_limits_that_are_set_hold(tmp_path, example, limits, name):
         gate(SourceSession(broken), example, limits=limits)
     missed = [measure.name for measure in caught.value.quality.measures if not measure.ok]
     assert missed == [name]
-
-
-def test_the_zen_is_read_in_silence(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "this", raising=False)
-    assert read_zen().startswith("The Zen of Python, by Tim Peters\n\nBeautiful is better")
-    assert capsys.readouterr().out == ""

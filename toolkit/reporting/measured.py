@@ -69,8 +69,9 @@ def read_gate(manifest: Manifest) -> Measured | None:
 def _name_gate(manifest: Manifest) -> str:
     """The gate's text, with what makes it another one for this artifact."""
     name = GATE_TEXT
-    if manifest.context_length <= MOST_LENGTH:  # one place stays free
-        name += f", cut for a context of {manifest.context_length} tokens"
+    context = min(manifest.context_length, manifest.valid_context[1] + 1)
+    if context <= MOST_LENGTH:  # one place stays free
+        name += f", cut for a context of {context} tokens"
     if manifest.plan.get("rope_factors") == "long":  # the source, too, was read with them
         name += LONG_ROPE
     return name
