@@ -15,8 +15,8 @@ from tests.deploy.sshd import make_key
 SUITE = "bookworm"
 PACKAGES = (
     "base-files", "base-passwd", "bash", "coreutils", "dash", "diffutils", "findutils", "grep",
-    "gzip", "hostname", "libc-bin", "login", "mount", "passwd", "procps", "sed", "tar", "util-linux",
-    "python3", "python3-venv", "openssh-server", "iproute2", "libgomp1", "libstdc++6",
+    "gzip", "hostname", "libc-bin", "login", "mount", "passwd", "procps", "sed", "tar",
+    "util-linux", "python3", "python3-venv", "openssh-server", "iproute2", "libgomp1", "libstdc++6",
 )  # fmt: skip
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")
 USER = "pi"
