@@ -96,7 +96,7 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         )
     if decoder.vision:
         notes += vision.describe_tower(decoder.vision)
-    item_bytes = STORED[recipe.quantization.dtype].itemsize
+    item_bytes = 4 if recipe.provider == "cpu" else STORED[recipe.quantization.dtype].itemsize
     return RuntimeNeeds(
         engine="mlx_lm",
         provider=recipe.provider,

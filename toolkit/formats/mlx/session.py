@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from toolkit.errors import ArtifactError, UnsupportedError, require
 from toolkit.formats import Arithmetic
-from toolkit.formats.mlx.cpu import speed_up
+from toolkit.runner.engines._mlx_cpu import speed_up
 from toolkit.runner.engines._mlx_vision import embed, load_model, load_tokenizer, read_stops
 from toolkit.runner.images import Pixels
 
@@ -45,7 +45,7 @@ class MlxTokenizer:
 
 
 class MlxSession:
-    """Runs the artifact on a Mac's GPU, on the CPU (see cpu.py) where there is none.
+    """Runs the artifact on a Mac's GPU, elsewhere on the CPU (runner/engines/_mlx_cpu.py).
 
     The weights are loaded when logits are first asked for; token ids need the tokenizer only.
     """
@@ -94,7 +94,7 @@ class MlxSession:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """On the CPU float32 (cpu.py), on a GPU the type of the scales and norms."""
+        """On the CPU float32, on a GPU the type of the scales and norms."""
         if self._device == self._mx.cpu:
             return "float32"
         types = {"float16": "float16", "float32": "float32"}

@@ -15,6 +15,8 @@ from toolkit.formats.onnx.exact import make_exact, read_arithmetic
 from toolkit.runner.engines.onnxruntime_genai import load_adapter, make_generator, make_inputs
 from toolkit.runner.images import Pixels
 
+UNREADABLE = ("WordPiece", "WordLevel")  # it may crash on them, instead of refusing
+
 
 class OnnxTokenizer:
     """onnxruntime-genai's tokenizer of a folder; of the configuration it needs no more."""
@@ -22,6 +24,8 @@ class OnnxTokenizer:
     def __init__(self, folder: Path) -> None:
         genai = require("onnxruntime_genai")
         self.runtime = f"onnxruntime-genai {genai.__version__}"
+        if (kind := _read_kind(folder)) in UNREADABLE:
+            raise UnsupportedError(f"{self.runtime} has no tokenizer for a {kind} tokenizer")
         try:
             self._tokenizer = genai.Tokenizer(genai.Config(str(folder)))
         except RuntimeError as error:
@@ -36,6 +40,14 @@ class OnnxTokenizer:
     def close(self) -> None:
         """Free it."""
         del self._tokenizer
+
+
+def _read_kind(folder: Path) -> str:
+    """The model of tokenizer.json; empty where there is none that can be read."""
+    try:
+        return str(json.loads((folder / "tokenizer.json").read_bytes())["model"]["type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 class OnnxSession:

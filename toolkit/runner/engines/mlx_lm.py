@@ -16,6 +16,7 @@ from typing import Any
 from ..failure import Failure
 from ..images import Pixels
 from ..settings import GREEDY, Sampling, Settings, check_offered
+from ._mlx_cpu import speed_up
 from ._mlx_vision import embed, load_model, load_tokenizer, read_stops
 from ._prefix import count_common, name_pictures
 from ._producing import Producer, Put
@@ -54,6 +55,8 @@ class Model:
 
         self.version = str(mlx_lm.__version__)
         self._model, config = load_model(folder)
+        if self.provider == "cpu":
+            speed_up(self._model)
         self._tokenizer: Any = None
         self._stops = read_stops(config)
         if has_tokenizer:
