@@ -25,7 +25,7 @@ from toolkit.plan import Plan, make_plan, measure_tokenizer
 from toolkit.quality import comparing, sensitivity, weightonly
 from toolkit.quality.chat import read_chat
 from toolkit.quality.comparing import Sequences
-from toolkit.quality.probe import read_probe
+from toolkit.quality.probe import count_shared, read_probe
 from toolkit.quality.rounding import read_rounded, round_trip
 from toolkit.quality.texts import read_text
 from toolkit.quantize.grids import is_choosable
@@ -226,7 +226,8 @@ class Mixture:
             except ValueError as error:
                 raise CheckpointError(f"{self.checkpoint.folder}: {error}") from error
         count = sum(map(len, own))
-        return float(found.kl[:count].mean()), float(found.kl[count:].mean())
+        told = found.kl[count:].reshape(len(gate), -1)[:, count_shared(gate) :]
+        return float(found.kl[:count].mean()), float(told.mean())
 
     @cached_property
     def _rounded(self) -> Recipe:

@@ -23,7 +23,7 @@ from toolkit.plan import make_plan
 from toolkit.quality import tokens
 from toolkit.quality.comparing import read_source
 from toolkit.quality.measures import Comparison, compare_sequences
-from toolkit.quality.probe import read_probe
+from toolkit.quality.probe import count_shared, read_probe
 from toolkit.recipe import Recipe
 from toolkit.source import bind_recipe, open_source
 from toolkit.vendor import Command
@@ -188,7 +188,7 @@ def _compare_logits(
     length = min(manifest.valid_context[1] for manifest in manifests.values())
     chat, tokenizer = manifests["vendor"].chat, tokens.read_tokenizer(checkpoint)
     probe = read_probe(checkpoint, chat, decoder, length)
-    probes = tokens.list_probes(tokenizer, chat)
+    first, probes = count_shared(probe), tokens.list_probes(tokenizer, chat)
     read = read_source(checkpoint, decoder, probe, console)
     source = [read.logits(text, slice(None)) for text in range(len(probe))]
     logits, mismatches = {}, {}
@@ -206,11 +206,12 @@ def _compare_logits(
     sides = tuple(
         Side(
             engine, costs[engine], manifests[engine].size_bytes,
-            compare_sequences(source, logits[engine], probe), len(mismatches[engine]), len(probes),
+            compare_sequences(source, logits[engine], probe, first), len(mismatches[engine]),
+            len(probes),
         )
         for engine in ENGINES
     )  # fmt: skip
-    return sides, compare_sequences(logits["vendor"], logits["native"], probe)
+    return sides, compare_sequences(logits["vendor"], logits["native"], probe, first)
 
 
 def _show(title: str, parity: Parity, console: Console) -> None:

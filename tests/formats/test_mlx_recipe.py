@@ -114,7 +114,7 @@ def test_valid_context_with_longrope(
     assert any("shorter texts differ" in note for note in needs.notes) == (factors == "long")
     assert needs.always_long_rope == (factors == "long")
     # 2 layers x (keys + values) x 2 heads x 64 x 2 bytes
-    assert needs.kv_bytes_per_token == 2 * 2 * 2 * 64 * 2
+    assert needs.kv_bytes_per_token == 2 * 2 * 2 * 64 * 4  # float32 on a CPU
     assert (needs.engine, needs.provider) == ("mlx_lm", "cpu")
 
 

@@ -18,12 +18,12 @@ from toolkit.checkpoint import TOKENIZER_FILES, Checkpoint
 from toolkit.errors import ArtifactError
 from toolkit.families import read_decoder
 from toolkit.formats import mlx
-from toolkit.formats.mlx import cpu
 from toolkit.formats.mlx.session import BATCH_TOKENS
 from toolkit.quality import chat as chats
 from toolkit.quality import tokens
 from toolkit.quality.measures import compare_logits
 from toolkit.quality.reference import forward
+from toolkit.runner.engines import _mlx_cpu as cpu
 from toolkit.runner.engines import mlx_lm as engine
 from toolkit.runner.failure import Failure
 from toolkit.runner.settings import Settings

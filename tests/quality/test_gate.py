@@ -22,7 +22,7 @@ from toolkit.quality.chat import read_chat
 from toolkit.quality.gate import FailedGateError, run_gate
 from toolkit.quality.measures import Comparison, compare_logits
 from toolkit.quality.ordinary import CHATS
-from toolkit.quality.probe import LEAST_LENGTH, MOST_LENGTH, choose_length, read_probe
+from toolkit.quality.probe import LEAST_LENGTH, MOST_LENGTH, choose_length, count_shared, read_probe
 
 LIMITS = Limits(max_kl=0.1, min_top1=0.9)
 SMOKE = Smoke(prompt="What is the capital of France?", expect="Paris")
@@ -205,7 +205,9 @@ def test_the_probe_is_chats_of_one_length(example):
     checkpoint = Checkpoint.open(example)
     chat, decoder = read_chat(checkpoint), read_decoder(checkpoint.config)
     probe = read_probe(checkpoint, chat, decoder, 4096)
-    assert {len(ids) for ids in probe} == {MOST_LENGTH}
+    shared = count_shared(probe)  # <|user|>
+    assert {len(ids) for ids in probe} == {shared + MOST_LENGTH}
+    assert 1 <= shared <= 2
     tokenizer = SourceSession(example).tokenizer
     for ids, (asked, _) in zip(probe, CHATS, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=False)

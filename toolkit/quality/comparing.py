@@ -59,18 +59,20 @@ def read_source(
     return Source(checkpoint, decoder, states)
 
 
-def compare(session: Session, source: Source, sequences: Sequences, console: Console) -> Comparison:
-    """Compare logits after every token; ValueError names what cannot be compared."""
+def compare(
+    session: Session, source: Source, sequences: Sequences, console: Console, first: int = 0
+) -> Comparison:
+    """Compare logits after every token, from one on; ValueError names what cannot be compared."""
     parts: list[Comparison] = []
     with console.waiting(f"{session.runtime} reads the text") as tell:
         for text, ids in enumerate(sequences):
             tell(f"sequence {text + 1} of {len(sequences)}")
-            parts += _compare_one(session, source, text, ids)
+            parts += _compare_one(session, source, text, ids, first)
     return measures.join(parts)
 
 
 def _compare_one(
-    session: Session, source: Source, text: int, ids: Sequence[int]
+    session: Session, source: Source, text: int, ids: Sequence[int], first: int
 ) -> list[Comparison]:
     """One sequence, in parts of LOGIT_ROWS positions."""
     artifact = session.logits(list(ids))
@@ -81,7 +83,7 @@ def _compare_one(
             f"the artifact's {list(artifact.shape)}"
         )
     parts = []
-    for start in range(0, len(ids), LOGIT_ROWS):
+    for start in range(first, len(ids), LOGIT_ROWS):
         rows = slice(start, min(start + LOGIT_ROWS, len(ids)))
         next_id = ids[rows.stop] if rows.stop < len(ids) else None
         logits = source.logits(text, rows)

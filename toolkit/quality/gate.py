@@ -17,7 +17,7 @@ from toolkit.quality import comparing, picture, tokenizing, tokens
 from toolkit.quality.arithmetic import compare_arithmetic
 from toolkit.quality.measures import Comparison
 from toolkit.quality.ordinary import CHATS
-from toolkit.quality.probe import read_probe
+from toolkit.quality.probe import count_shared, read_probe
 from toolkit.quality.stored import Watch
 from toolkit.quality.weightonly import Read
 
@@ -173,7 +173,7 @@ def _judge_stored(gate: _Gate, watch: Watch) -> None:
 def _compare_probe(gate: _Gate, console: Console) -> Comparison:
     sequences = gate.read_probe()
     source = comparing.read_source(gate.checkpoint, gate.decoder, sequences, console)
-    return comparing.compare(gate.session, source, sequences, console)
+    return comparing.compare(gate.session, source, sequences, console, count_shared(sequences))
 
 
 def _compare_picture(gate: _Gate, console: Console) -> Comparison:

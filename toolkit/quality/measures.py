@@ -178,12 +178,13 @@ def compare_logits(
 
 
 def compare_sequences(
-    source: Sequence[NDArray[Any]], artifact: Sequence[NDArray[Any]], texts: Sequence[Sequence[int]]
-) -> Comparison:
-    """The same for several sequences, logits [n, vocab] of each, in their order."""
+    source: Sequence[NDArray[Any]], artifact: Sequence[NDArray[Any]],
+    texts: Sequence[Sequence[int]], first: int = 0,
+) -> Comparison:  # fmt: skip
+    """The same for several sequences, logits [n, vocab] of each, from token `first` on."""
     return join(
         [
-            compare_logits(one, other, ids)
+            compare_logits(one[first:], other[first:], ids[first:])
             for one, other, ids in zip(source, artifact, texts, strict=True)
         ]
     )

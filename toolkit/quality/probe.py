@@ -1,5 +1,6 @@
 """The tokens on which the gate compares logits: the ordinary chats, cut to one length."""
 
+from collections.abc import Sequence
 from math import prod
 
 from toolkit.artifact import Chat
@@ -11,7 +12,7 @@ from toolkit.quality.ordinary import CHATS
 
 MOST_LENGTH, LEAST_LENGTH = 96, 32  # tokens of a sequence
 # Weights times tokens of a forward pass, where that is more than the least.
-WORK = 40_000_000_000
+WORK = 80_000_000_000
 
 
 def choose_length(decoder: Decoder) -> int:
@@ -25,11 +26,24 @@ def read_probe(
 ) -> list[list[int]]:
     """Sequences of one length, each the beginning of another chat; special tokens included.
 
-    One place of the context stays free: runtimes want room for the token that would follow.
+    What the chat's template puts in front of all of them comes on top of that length: it is read,
+    and not compared (`count_shared`). One place of the context stays free: runtimes want room for
+    the token that would follow.
     """
     tokenizer = tokens.read_tokenizer(checkpoint)
     start = [] if chat.bos_id is None else [chat.bos_id]
     texts = [render_turns(chat, [("user", asked), ("assistant", said)]) for asked, said in CHATS]
     ids = [start + tokens.encode(tokenizer, text) for text in texts]
-    length = min(choose_length(decoder), context_length - 1, *map(len, ids))
+    length = min(count_shared(ids) + choose_length(decoder), context_length - 1, *map(len, ids))
     return [one[:length] for one in ids]
+
+
+def count_shared(sequences: Sequence[Sequence[int]]) -> int:
+    """Tokens with which all sequences begin: the template's, which a model may know by heart.
+
+    0 where that leaves fewer than half of the shortest.
+    """
+    shortest = min(map(len, sequences))
+    differing = (i for i in range(shortest) if len({ids[i] for ids in sequences}) > 1)
+    shared = next(differing, shortest)
+    return shared if 2 * shared <= shortest else 0
