@@ -35,9 +35,12 @@ class Found:
 
 
 def compare_arithmetic(
-    session: Session, read: Read, decoder: Decoder, sequences: Sequence[list[int]]
+    session: Session, read: Read, decoder: Decoder, sequences: Sequence[list[int]], first: int = 0
 ) -> Found:
-    """Compare logits on sequences of one length; ValueError names what cannot be compared."""
+    """Compare logits on sequences of one length, from token `first` on.
+
+    ValueError names what cannot be compared.
+    """
     rounding = ROUNDINGS[session.arithmetic]
     copies = 1 if rounding is None else 2
     weights = RoundedWeights(ArtifactWeights(read, decoder), rounding)
@@ -46,11 +49,11 @@ def compare_arithmetic(
     logits = reference.project(weights, decoder, decoder.head_name, rows)
     logits = logits.reshape(copies, len(sequences), -1, decoder.vocab)
     runtime = session.exact_logits(sequences)
-    compared = measures.compare_sequences(logits[0], runtime, sequences)
+    compared = measures.compare_sequences(logits[0], runtime, sequences, first)
     kl = compared.summarize()["mean KL"]
     if rounding is None:
         return Found(kl, FLOAT_KL)
-    rounded = measures.compare_sequences(logits[0], logits[1], sequences).mean_kl
+    rounded = measures.compare_sequences(logits[0], logits[1], sequences, first).mean_kl
     return Found(kl, FLOAT_KL + SLACK * rounded)
 
 

@@ -143,9 +143,12 @@ def _check_stops(gate: _Gate) -> None:
 def _check_correctness(gate: _Gate, read: Read) -> None:
     """Hold stored tensors against the checkpoint's, and the runtime against the stored tensors."""
     watch = Watch(gate.checkpoint)
-    sequences = gate.read_probe()[:EXACT_SEQUENCES]
+    probe = gate.read_probe()
     try:
-        found = compare_arithmetic(gate.session, watch.over(read), gate.decoder, sequences)
+        found = compare_arithmetic(
+            gate.session, watch.over(read), gate.decoder, probe[:EXACT_SEQUENCES],
+            count_shared(probe),
+        )  # fmt: skip
     except ValueError as error:
         _judge_stored(gate, watch)
         gate.add("comparable logits", 0, 1, ok=False)
