@@ -131,15 +131,22 @@ def test_decoding_token_by_token_equals_one_prefill(
         assert logits[position][token] >= logits[position].max() - 1e-4
 
 
-@pytest.mark.parametrize("scheme", ["3bit-group32", "4bit-group64", "8bit-group128", "bf16"])
+@pytest.mark.parametrize(
+    ("scheme", "variant"),
+    [("3bit-group32", "gqa"), ("4bit-group64", "tied"), ("8bit-group128", "gqa"), ("bf16", "gqa")],
+)
 def test_products_of_many_rows_are_mlxs_own(
-    scheme: str, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str,
+    variant: str,
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Few tokens go through mlx's product, many through NumPy's, of the same weights."""
     # Several pieces in a block and blocks in a matrix, the last ones short.
     monkeypatch.setattr(cpu, "PIECE_WEIGHTS", 9_000)
     monkeypatch.setattr(cpu, "BLOCK_WEIGHTS", 32_000)
-    checkpoint = checkpoints.get("gqa")
+    checkpoint = checkpoints.get(variant)
     folder = write(tmp_path / "out", make_recipe(scheme, checkpoint), checkpoint)
     session = mlx.open_session(folder)
     ids = random_ids(2 * cpu.MANY_ROWS)

@@ -20,7 +20,11 @@ def speed_up(model: Any) -> None:
     import mlx.core as mx  # type: ignore[import-not-found,unused-ignore]
     import mlx.nn as nn  # type: ignore[import-not-found,unused-ignore]
 
-    batched = {base: _batch(base) for base in (nn.QuantizedLinear, nn.Linear)}
+    batched = {
+        nn.QuantizedLinear: _batch(nn.QuantizedLinear, "__call__"),
+        nn.Linear: _batch(nn.Linear, "__call__"),
+        nn.QuantizedEmbedding: _batch(nn.QuantizedEmbedding, "as_linear"),  # a tied head
+    }
     for module in model.modules():
         if type(module) is not nn.Linear:  # whose weights would take twice the memory
             _widen(module)
@@ -39,15 +43,15 @@ def _widen(module: Any) -> None:
             module[name] = value.astype(mx.float32)
 
 
-def _batch(base: Any) -> Any:
-    """A linear layer whose products of many rows are NumPy's."""
+def _batch(base: Any, product: str) -> Any:
+    """A class whose method `product` leaves products of many rows to NumPy."""
+    own = getattr(base, product)
 
-    class Batched(base):  # type: ignore[misc]
-        def __call__(self, inputs: Any) -> Any:
-            few = inputs.shape[-2] < MANY_ROWS
-            return super().__call__(inputs) if few else _multiply(self, inputs)
+    def multiply(module: Any, inputs: Any) -> Any:
+        few = inputs.shape[-2] < MANY_ROWS
+        return own(module, inputs) if few else _multiply(module, inputs)
 
-    return Batched
+    return type("Batched", (base,), {product: multiply})
 
 
 def _multiply(module: Any, inputs: Any) -> Any:
