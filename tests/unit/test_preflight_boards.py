@@ -131,7 +131,7 @@ def test_what_would_fit_does_fit(name: str, artifact: str, noise: Manifest) -> N
         ("pi-5", "onnx-cuda-int4", r"take an artifact for the CPU; .* phi-3\.5-mini-gguf-q4_0"),
         ("jetson-orin-nano-jetpack-5", "onnx-cuda-int4", "JetPack 6 has glibc 2.35"),
         ("jetson-orin-nano-jetpack-6", "onnx-cuda-int4", r"python3\.11 .* `python:`"),
-        ("jetson-orin-nano-jetpack-6", "onnx-cuda-int4", r"would fit: phi-3\.5-mini-gguf-q4_0"),
+        ("jetson-orin-nano-jetpack-6", "onnx-cuda-int4", r"would fit: phi-3\.5-mini-gguf-iq4_xs"),
         ("mac-mini-m2", "onnx-cpu-int4", r"--context 2560 would fit; .* phi-3\.5-mini-mlx-4bit"),
         ("termux", "gguf-q4_0", "proot-distro"),
         ("alpine", "gguf-q4_0", "container image with glibc"),
