@@ -236,7 +236,7 @@ def _roll_head(model: Model) -> Changes:
     return {name: np.roll(model.read(name), 1, axis=0)}
 
 
-@fault("a head that is not tied, tied")
+@fault("a head that is not tied, the embedding")
 def _tie(model: Model) -> Changes:
     names = model.decoder.names
     return {} if model.decoder.is_tied else {names.head: model.read(names.embedding)}
@@ -286,6 +286,23 @@ def _exchange(first: str, second: str) -> Make:
     return make
 
 
+def _scale(name: str) -> Make:
+    """Scale the columns of a matrix, as equalization does, without what feeds it."""
+
+    def make(model: Model) -> Changes:
+        matrix = model.read(getattr(model, name))
+        steps = np.arange(matrix.shape[1], dtype=np.float32) % 5 - 2
+        return {getattr(model, name): matrix * np.exp2(steps / 4)}
+
+    return make
+
+
+EQUALIZED: Mapping[str, Make] = {
+    "equalized: a norm not divided": _scale("qkv"),
+    "equalized: values not divided": _scale("out"),
+    "equalized: up not divided": _scale("down"),
+}
+"""Faults of tensors that equalization changes."""
 _EXPERTS = "block_sparse_moe.experts"
 EXPERTS: Mapping[str, Make] = {
     "two experts' ups exchanged": _exchange(f"{_EXPERTS}.0.w3.weight", f"{_EXPERTS}.1.w3.weight"),
@@ -328,6 +345,7 @@ class Graph:
 
 GRAPHS: Mapping[str, Graph] = {
     "eps 1e-1 for 1e-5": Graph({"rms_norm_eps": 1e-1}),
+    "a head that is not tied, left out": Graph({"tie_word_embeddings": True}),
     "RoPE base 1,000 for 10,000": Graph({"rope_theta": 1000.0}),
     "RoPE base 1,000,000 for 10,000": Graph({"rope_theta": 1e6}),
     "half of each head rotated": Graph({"partial_rotary_factor": 0.5}),

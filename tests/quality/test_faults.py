@@ -10,15 +10,19 @@ from tests.checkpoints import write_random_checkpoint
 from tests.moe_checkpoints import write_moe_checkpoint
 from tests.quality.artifacts import make_recipe
 from tests.quality.faults import (
+    EQUALIZED,
     EXPERT_FORMATS,
     EXPERTS,
     FORMATS,
     GRAPHS,
     TENSORS,
     Model,
+    set_long_rope,
+    set_window,
 )
 from tests.quality.file_faults import FILES, edit_file
-from tests.quality.seeding import Case
+from tests.quality.seeding import Case, configure
+from tests.quality.test_calibrate import Source
 from toolkit.checkpoint import Checkpoint
 from toolkit.formats.gguf.recipe import Precision
 
@@ -57,6 +61,7 @@ def test_a_wrong_graph_is_caught(kind: str, name: str, source: Checkpoint, tmp_p
     graph = GRAPHS[name]
     case = make_case(kind, graph.make_source(source), tmp_path)
     wrong, decoder = graph.apply(case.checkpoint)
+    assert decoder != case.plan.decoder
     case.write({}, wrong, decoder)
     caught, _ = case.judge(case.plan_of(decoder))
     assert caught
@@ -72,6 +77,16 @@ def test_wrong_bytes_of_a_file_are_caught(kind: str, source: Checkpoint, tmp_pat
         assert case.judge_tensors() is None
         edit_file(kind, case.folder, edit)
         assert case.judge_tensors(), name
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_half_an_equalization_is_caught(kind: str, source: Checkpoint, tmp_path: Path) -> None:
+    case = make_case(kind, source, tmp_path, equalize=True)
+    for name, make in EQUALIZED.items():
+        case.write(make(Model(source, case.plan.decoder)))
+        caught = case.judge_tensors()
+        assert caught, name
+        assert caught.measure == "factors of columns"
 
 
 @pytest.mark.parametrize("kind", EXPERT_FORMATS)
@@ -96,13 +111,37 @@ PRECISIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def pass_in_hand(case: Case) -> None:
+    """No fault, and of what the runtime's arithmetic may cost half at most."""
+    caught, runtime = case.judge()
+    assert caught is None
+    assert runtime.value < runtime.limit / 2
+
+
 @pytest.mark.parametrize(("kind", "quantization"), PRECISIONS)
 def test_a_correct_artifact_passes(
     kind: str, quantization: dict[str, Any], source: Checkpoint, tmp_path: Path
 ) -> None:
     case = make_case(kind, source, tmp_path, **quantization)
     case.write({})
-    caught, runtime = case.judge()
-    assert caught is None
-    # What no correct artifact may come near to: half of the limit.
-    assert runtime.value < runtime.limit / 2
+    pass_in_hand(case)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_correct_window_and_long_rope_pass(kind: str, source: Checkpoint, tmp_path: Path) -> None:
+    for number, configured in enumerate((set_window(source), set_long_rope(source))):
+        case = make_case(kind, configure(source, configured), tmp_path / str(number))
+        case.write({})
+        pass_in_hand(case)
+
+
+def test_correct_codes_by_gptq_and_equalization_pass(source: Checkpoint, tmp_path: Path) -> None:
+    made = Source(source.folder)
+    recipes = [make_recipe(kind, method="gptq", equalize=True) for kind in FORMATS]
+    recipes.append(make_recipe("mlx", method="gptq", equalize=True, bits=2))
+    folders = [tmp_path / str(number) for number in range(len(recipes))]
+    artifacts = [made.prepare(*one) for one in zip(recipes, folders, strict=True)]
+    made.calibrate(artifacts, tmp_path / "states")
+    for recipe, artifact, folder in zip(recipes, artifacts, folders, strict=True):
+        made.tensors(recipe, artifact)
+        pass_in_hand(Case(recipe, source, folder))
