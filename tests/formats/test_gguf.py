@@ -22,6 +22,7 @@ from toolkit.formats.gguf import q4_0
 from toolkit.formats.gguf.encoder import LARGEST_HALF, GgmlEncoder
 from toolkit.formats.gguf.ggml import load_library
 from toolkit.formats.gguf.mix import BLOCKS, GgmlType, choose_types
+from toolkit.formats.gguf.tensors import read_tensors
 
 EXPECTED = json.loads(GOLDEN.read_text("utf-8"))
 
@@ -263,6 +264,20 @@ def test_a_file_with_other_tensors_is_not_read_silently(cases: Artifacts) -> Non
     other = read_decoder(cases.checkpoint("deep").config)
     with pytest.raises(ArtifactError, match=r"blk\.2\.attn_norm"):
         list(gguf.dequantize(cases.get("mha", "q4_0").folder, other))
+
+
+def test_tensors_are_found_where_gguf_py_finds_them(cases: Artifacts, tmp_path: Path) -> None:
+    path = cases.get("longrope", "q4_k_m").folder / "model.gguf"
+    found, expected = read_tensors(path), gguf_py.GGUFReader(path).tensors
+    assert [one.name for one in found] == [one.name for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.kind == other.tensor_type
+        assert one.data.tobytes() == other.data.tobytes()
+    for number, content in enumerate((path.read_bytes()[:-100], b"GGUF", b"")):
+        damaged = tmp_path / str(number)
+        damaged.write_bytes(content)
+        with pytest.raises(ArtifactError, match="not a GGUF file, or cut short"):
+            read_tensors(damaged)
 
 
 # The whole file

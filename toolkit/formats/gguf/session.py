@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.errors import ArtifactError, UnsupportedError, require
+from toolkit.errors import ArtifactError, UnsupportedError
 from toolkit.formats import Arithmetic
 from toolkit.formats.gguf.encoding import GgufTokenizer
 from toolkit.formats.gguf.layout import DATA_FILE
 from toolkit.formats.gguf.llama import Batch, attempt, load_llama
+from toolkit.formats.gguf.tensors import read_tensors
 
 THREADS = min(2, os.cpu_count() or 1)
 BATCH_TOKENS = 128  # logits of so many positions are in memory at once, besides the result
@@ -45,9 +46,7 @@ class GgufSession:
     @cached_property
     def arithmetic(self) -> Arithmetic:
         """What llama.cpp rounds activations to: as the coarsest of its matrices asks."""
-        kinds = {
-            tensor.tensor_type.name for tensor in require("gguf").GGUFReader(self._path).tensors
-        }
+        kinds = {tensor.kind.name for tensor in read_tensors(self._path)}
         if kinds <= {"F32"}:
             return "float32"
         if kinds <= {"F32", "F16"}:
