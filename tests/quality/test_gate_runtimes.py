@@ -1,17 +1,15 @@
 """The gate against real artifacts in their real runtimes, whole and broken."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import jinja2
-import numpy as np
 import pytest
 
+from tests.quality.file_faults import FILES, edit_file
 from tests.quality.sources import edit_json
 from toolkit import artifact, catalog, formats
 from toolkit.artifact import Quality
@@ -82,7 +80,7 @@ def test_the_artifact_passes_and_the_manifest_says_so(name, artifacts, example):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_perturbed_tensor_fails(name, broken, example):
     folder = broken(name)
-    NEGATE[name](folder)
+    edit_file(name, folder, FILES["file: scales negated"])
     with pytest.raises(
         FailedGateError, match=r"1 of \d+ stored tensors are not the checkpoint's: \S+down_proj"
     ):
@@ -155,66 +153,6 @@ def test_the_runner_gives_the_sources_ids_to_a_chat(example, tmp_path):
         assert model.encode(chats.render(manifest.chat, messages)) == expected
     finally:
         model.close()
-
-
-def negate_onnx_scales(folder: Path) -> None:
-    """Change the sign of every scale of one matrix: its weights become their opposite."""
-    onnx = pytest.importorskip("onnx")
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
-    names = [i.name for i in graph.initializer if "down" in i.name and "scale" in i.name.lower()]
-    (scales,) = [i for i in graph.initializer if i.name == names[0]]
-    place = {entry.key: entry.value for entry in scales.external_data}
-    data = np.memmap(folder / place["location"], np.uint8, "r+")
-    offset = int(place["offset"])
-    part = data[offset : offset + int(place["length"])].view(np.float32)
-    part *= -1
-    data.flush()
-
-
-def negate_gguf_scales(folder: Path) -> None:
-    """Change the sign of the scale, the first two bytes, of every Q4_0 block of one matrix."""
-    gguf = pytest.importorskip("gguf")
-    reader = gguf.GGUFReader(next(folder.glob("*.gguf")), "r+")
-    (tensor,) = [t for t in reader.tensors if t.name == "blk.0.ffn_down.weight"]
-    assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_0
-    blocks = tensor.data.reshape(-1, 18)
-    blocks[:, 1] ^= 0x80
-    reader.data.flush()
-
-
-def negate_openvino_scales(folder: Path) -> None:
-    """Change the sign, the top bit of float16, of every scale of one matrix."""
-    layers = ElementTree.parse(folder / "openvino_model.xml").iterfind("layers/layer")
-    (found,) = [
-        one for one in layers if one.get("name", "").endswith("layers.0.mlp.down_proj.weight/scale")
-    ]
-    data = found.find("data")
-    assert data is not None
-    assert data.get("element_type") == "f16"
-    content = np.memmap(folder / "openvino_model.bin", np.uint8, "r+")
-    offset, size = int(data.get("offset", 0)), int(data.get("size", 0))
-    content[offset : offset + size].view(np.uint16)[:] ^= 0x8000
-    content.flush()
-
-
-def negate_mlx_scales(folder: Path) -> None:
-    """Change the sign, the top bit of bfloat16, of every scale of one matrix."""
-    content = np.memmap(folder / "model.safetensors", np.uint8, "r+")
-    length = int.from_bytes(bytes(content[:8]), "little")
-    header = json.loads(bytes(content[8 : 8 + length]))
-    entry = header["model.layers.0.mlp.down_proj.scales"]
-    assert entry["dtype"] == "BF16"
-    first, last = entry["data_offsets"]
-    content[8 + length + first : 8 + length + last].view(np.uint16)[:] ^= 0x8000
-    content.flush()
-
-
-NEGATE = {
-    "onnx": negate_onnx_scales,
-    "gguf": negate_gguf_scales,
-    "openvino": negate_openvino_scales,
-    "mlx": negate_mlx_scales,
-}
 
 
 def redirect_gguf_key(folder: Path, key: str) -> int:

@@ -57,7 +57,7 @@ class Encoder(Protocol):
 
 
 # How a runtime computes where it is asked to be exact: in float32, or with activations rounded.
-Arithmetic = Literal["float32", "float16", "bfloat16", "int8"]
+Arithmetic = Literal["float32", "float16", "bfloat16", "int8", "int8 in long blocks"]
 
 
 class Session(Encoder, Protocol):

@@ -9,6 +9,7 @@ is a fault.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from toolkit.quality.weightonly import ArtifactWeights, Read
 FLOAT_KL = 1e-6
 # Rounding is not the runtime's to the last bit: measured are 0.3 to 1.6 of what the reference has.
 SLACK = 4.0
-INT8_BLOCK, INT8_STEPS = 32, 127  # as ggml's Q8_0
+INT8_BLOCK, INT8_LONG_BLOCK, INT8_STEPS = 32, 256, 127  # as ggml's Q8_0 and Q8_K
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,10 @@ class RoundedWeights:
         return self._weights.project(name, inputs)
 
 
-def round_to_int8(values: Array) -> Array:
-    """Round [n, columns] to 8 bits in blocks with one scale each."""
-    size = INT8_BLOCK if values.shape[1] % INT8_BLOCK == 0 else values.shape[1]
+def round_to_int8(values: Array, block: int = INT8_BLOCK) -> Array:
+    """Round [n, columns] to 8 bits in blocks with one scale each; of rows that have them."""
+    sizes = (block, INT8_BLOCK, values.shape[1])
+    size = next(size for size in sizes if values.shape[1] % size == 0)
     blocks = values.reshape(len(values), -1, size)
     steps = np.abs(blocks).max(axis=2, keepdims=True) / INT8_STEPS
     codes = np.divide(blocks, steps, out=np.zeros_like(blocks), where=steps > 0)
@@ -106,4 +108,5 @@ ROUNDINGS: Mapping[Arithmetic, Callable[[Array], Array] | None] = {
     "float16": round_to_float16,
     "bfloat16": round_to_bfloat16,
     "int8": round_to_int8,
+    "int8 in long blocks": partial(round_to_int8, block=INT8_LONG_BLOCK),
 }

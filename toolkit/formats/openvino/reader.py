@@ -8,14 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.decoder import Decoder
-from toolkit.errors import require
+from toolkit.errors import ArtifactError, require
 from toolkit.formats.openvino.layout import MAIN_FILE as MAIN_FILE
 from toolkit.formats.openvino.layout import factor_of, list_stacks
 from toolkit.runner.sight import LANGUAGE, TEXT
 
 
 def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield (checkpoint name, float32 weights) for every tensor of the decoder."""
+    """Yield (checkpoint name, float32 weights) for every tensor of the decoder.
+
+    ArtifactError when one is missing.
+    """
     constants = read_constants(folder)
     places = {
         name: (stack, number)
@@ -23,7 +26,10 @@ def dequantize(folder: Path, decoder: Decoder) -> Iterator[tuple[str, NDArray[np
         for number, name in enumerate(names)
     }
     for name, shape in decoder.shapes().items():
-        values = decode(constants, *places.get(name, (name, None))).reshape(shape)
+        constant, part = places.get(name, (name, None))
+        if constant not in constants:
+            raise ArtifactError(f"{folder}: {name} is missing", advice="build the artifact again")
+        values = decode(constants, constant, part).reshape(shape)
         yield name, values / np.float32(factor_of(decoder, name))
 
 
