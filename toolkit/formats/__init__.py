@@ -56,8 +56,12 @@ class Encoder(Protocol):
         """Free it."""
 
 
-# How a runtime computes where it is asked to be exact: in float32, or with activations rounded.
-Arithmetic = Literal["float32", "float16", "bfloat16", "int8", "int8 in long blocks"]
+# How a runtime computes where it is asked to be exact: in a float type, or in float32 with the
+# inputs of matrices rounded.
+Arithmetic = Literal[
+    "float32", "float16", "bfloat16",
+    "float16 inputs", "bfloat16 inputs", "int8 inputs", "int8 inputs in long blocks",
+]  # fmt: skip
 
 
 class Session(Encoder, Protocol):

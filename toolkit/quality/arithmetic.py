@@ -44,7 +44,8 @@ def compare_arithmetic(
     """
     rounding = ROUNDINGS[session.arithmetic]
     copies = 1 if rounding is None else 2
-    weights = RoundedWeights(ArtifactWeights(read, decoder), rounding)
+    has_outputs = session.arithmetic in WHOLE
+    weights = RoundedWeights(ArtifactWeights(read, decoder), rounding, has_outputs)
     states = reference.final_states_of(weights, decoder, list(sequences) * copies)
     rows = states.reshape(-1, decoder.hidden)
     logits = reference.project(weights, decoder, decoder.head_name, rows)
@@ -59,10 +60,18 @@ def compare_arithmetic(
 
 
 class RoundedWeights:
-    """Weights whose inputs are rounded in the second half of the rows; None rounds nothing."""
+    """Weights that are multiplied with rounded inputs in the second half of the rows.
 
-    def __init__(self, weights: ArtifactWeights, rounding: Callable[[Array], Array] | None) -> None:
-        self._weights, self._rounding = weights, rounding
+    With `has_outputs` the products are rounded there too; a `rounding` of None rounds nothing.
+    """
+
+    def __init__(
+        self,
+        weights: ArtifactWeights,
+        rounding: Callable[[Array], Array] | None,
+        has_outputs: bool = False,
+    ) -> None:
+        self._weights, self._rounding, self._has_outputs = weights, rounding, has_outputs
 
     def look_up(self, name: str, ids: Sequence[int]) -> Array:
         """As the artifact's."""
@@ -74,10 +83,14 @@ class RoundedWeights:
 
     def project(self, name: str, inputs: Array) -> Array:
         """Multiply [n, in] with the matrix [out, in]: float32 [n, out]."""
-        if self._rounding:
-            half = len(inputs) // 2
-            inputs = np.concatenate([inputs[:half], self._rounding(inputs[half:])])
-        return self._weights.project(name, inputs)
+        outputs = self._weights.project(name, self._round(inputs))
+        return self._round(outputs) if self._has_outputs else outputs
+
+    def _round(self, values: Array) -> Array:
+        if self._rounding is None:
+            return values
+        half = len(values) // 2
+        return np.concatenate([values[:half], self._rounding(values[half:])])
 
 
 def round_to_int8(values: Array, block: int = INT8_BLOCK) -> Array:
@@ -106,7 +119,10 @@ def round_to_bfloat16(values: Array) -> Array:
 ROUNDINGS: Mapping[Arithmetic, Callable[[Array], Array] | None] = {
     "float32": None,
     "float16": round_to_float16,
+    "float16 inputs": round_to_float16,
     "bfloat16": round_to_bfloat16,
-    "int8": round_to_int8,
-    "int8 in long blocks": partial(round_to_int8, block=INT8_LONG_BLOCK),
+    "bfloat16 inputs": round_to_bfloat16,
+    "int8 inputs": round_to_int8,
+    "int8 inputs in long blocks": partial(round_to_int8, block=INT8_LONG_BLOCK),
 }
+WHOLE: tuple[Arithmetic, ...] = ("float16", "bfloat16")  # what they compute is rounded as well

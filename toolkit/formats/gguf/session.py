@@ -50,8 +50,12 @@ class GgufSession:
         if kinds <= {"F32"}:
             return "float32"
         if kinds <= {"F32", "F16"}:
-            return "float16"
-        return "bfloat16" if kinds <= {"F32", "F16", "BF16"} else "int8"
+            return "float16 inputs"
+        if kinds <= {"F32", "F16", "BF16"}:
+            return "bfloat16 inputs"
+        # What is multiplied with K-quants, and with IQ4_XS, is Q8_K.
+        is_long = any(kind.endswith("_K") or kind == "IQ4_XS" for kind in kinds)
+        return "int8 inputs in long blocks" if is_long else "int8 inputs"
 
     def exact_logits(self, texts: Sequence[list[int]]) -> list[NDArray[np.float32]]:
         """As `logits` of each text: llama.cpp has no other arithmetic."""
