@@ -252,26 +252,25 @@ def _swap_factors(decoder: Decoder) -> Decoder:
     return replace(decoder, rope=swapped)
 
 
-def _long_rope(head_pairs: int) -> dict[str, Any]:
-    pairs = range(head_pairs)
-    return {
-        "type": "longrope",
-        "short_factor": [1 + 0.01 * pair for pair in pairs],
-        "long_factor": [1 + 3 * pair / (head_pairs - 1) for pair in pairs],
-    }
-
-
 def set_window(checkpoint: Checkpoint) -> dict[str, Any]:
     """Fields of config.json that give any Phi-3 a sliding window."""
     return {"sliding_window": 32}
 
 
 def set_long_rope(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Fields of config.json that give any Phi-3 LongRoPE, from 64 tokens on."""
-    decoder = read_decoder(checkpoint.config)
+    """Fields of config.json that give any Phi-3 LongRoPE, from 32 tokens on.
+
+    The gate reads at most some 120 tokens of a sequence.
+    """
+    pairs = read_decoder(checkpoint.config).head_dim // 2
     return {
-        "original_max_position_embeddings": 64,
-        "rope_scaling": _long_rope(decoder.head_dim // 2),
+        "max_position_embeddings": 128,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1 + 0.01 * pair for pair in range(pairs)],
+            "long_factor": [1 + pair / (pairs - 1) for pair in range(pairs)],
+        },
         "sliding_window": None,
     }
 
@@ -344,10 +343,10 @@ class Graph:
 
 
 GRAPHS: Mapping[str, Graph] = {
-    "eps 1e-1 for 1e-5": Graph({"rms_norm_eps": 1e-1}),
+    "eps 0.1": Graph({"rms_norm_eps": 1e-1}),
     "a head that is not tied, left out": Graph({"tie_word_embeddings": True}),
-    "RoPE base 1,000 for 10,000": Graph({"rope_theta": 1000.0}),
-    "RoPE base 1,000,000 for 10,000": Graph({"rope_theta": 1e6}),
+    "RoPE base 1,000": Graph({"rope_theta": 1000.0}),
+    "RoPE base 1,000,000": Graph({"rope_theta": 1e6}),
     "half of each head rotated": Graph({"partial_rotary_factor": 0.5}),
     "scores a tenth larger": Graph(
         decoder=lambda one: replace(one, attention_scale=1.1 * one.score_scale), formats=EXACT
@@ -371,7 +370,7 @@ GRAPHS: Mapping[str, Graph] = {
         formats=("onnx", "openvino", "gguf"),  # mlx-lm works it out
     ),
     "long factors from another length on": Graph(
-        decoder=_rope(original_context=128), source=set_long_rope, formats=EXACT
+        decoder=_rope(original_context=126), source=set_long_rope, formats=EXACT
     ),
     "LongRoPE missing": Graph({"rope_scaling": None}, source=set_long_rope),
 }

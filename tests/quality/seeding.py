@@ -27,7 +27,7 @@ from toolkit.quality.arithmetic import compare_arithmetic, round_to_bfloat16
 from toolkit.quality.chat import read_chat
 from toolkit.quality.folding import unfold
 from toolkit.quality.gate import EXACT_SEQUENCES
-from toolkit.quality.probe import read_probe
+from toolkit.quality.probe import count_shared, read_probe
 from toolkit.quality.reference import Array
 from toolkit.quality.stored import Watch
 from toolkit.quality.weightonly import Read, open_reader
@@ -156,7 +156,9 @@ class Case:
             context = min(plan.context_length, plan.needs.valid_context[1] + 1)
             probe = read_probe(self.checkpoint, read_chat(self.checkpoint), decoder, context)
             read = watch.over(self._read())
-            found = compare_arithmetic(session, read, decoder, probe[:EXACT_SEQUENCES])
+            found = compare_arithmetic(
+                session, read, decoder, probe[:EXACT_SEQUENCES], count_shared(probe)
+            )
         except ArtifactError as error:
             caught = Caught("reader", str(error))
             return caught, caught
