@@ -20,7 +20,7 @@ from toolkit.checkpoint.split import list_parts
 from toolkit.decoder import Decoder
 from toolkit.errors import ArtifactError, UnsupportedError
 from toolkit.families import read_decoder
-from toolkit.formats.mlx import OVERHEAD_BYTES
+from toolkit.formats.mlx import OVERHEAD_BYTES, count_item_bytes
 
 CONFIG = "config.json"
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4, "U8": 1}
@@ -39,10 +39,12 @@ def inspect(given: Given) -> Found:
     chat, notes = find_chat(given, _read_stops(given.path, config, decoder.vocab), decoder.vocab)
     context = given.choose_context(decoder.context, str(given.path / CONFIG))
     valid, more = _valid_context(decoder, context)
+    provider = given.choose_provider(("metal", "cpu"))
+    item_bytes = count_item_bytes(provider, ITEM_BYTES[norm])
     return Found(
         format="mlx",
         engine="mlx_lm",
-        provider=given.choose_provider(("metal", "cpu")),
+        provider=provider,
         package="mlx-lm",
         main_file=shards[0].name,
         files={**configs, **{path.name: path for path in shards}, **list_tokenizer(given)},
@@ -50,7 +52,7 @@ def inspect(given: Given) -> Found:
         context_length=context,
         valid_context=valid,
         data_bytes=sum(path.stat().st_size for path in shards),
-        kv_bytes_per_token=decoder.kv_bytes_per_token(ITEM_BYTES[norm]),
+        kv_bytes_per_token=decoder.kv_bytes_per_token(item_bytes),
         overhead_bytes=OVERHEAD_BYTES,
         notes=notes + more,
     )

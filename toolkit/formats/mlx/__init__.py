@@ -35,6 +35,7 @@ PACKAGES = ("mlx", "mlx-lm")
 # Resident beside weights and cache: 90 MB with the example; 0.6 GB in the gate with the shape of
 # Phi-3-mini, on a CPU, where scales become float32.
 OVERHEAD_BYTES = 600_000_000
+CPU_ITEM_BYTES = 4
 
 
 def check_shape(recipe: Recipe, decoder: Decoder) -> None:
@@ -85,6 +86,11 @@ def lay_out(recipe: Recipe, decoder: Decoder, context_length: int) -> DataFile:
     return layout.lay_out(cast(MlxRecipe, recipe), decoder)
 
 
+def count_item_bytes(provider: str, stored_bytes: int) -> int:
+    """Bytes of a number in the cache: on a CPU the runner computes in float32."""
+    return CPU_ITEM_BYTES if provider == "cpu" else stored_bytes
+
+
 def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds:
     """What mlx-lm takes to run it; PlanError when no length of the context is the source's."""
     recipe = cast(MlxRecipe, recipe)
@@ -96,7 +102,7 @@ def needs(recipe: Recipe, decoder: Decoder, context_length: int) -> RuntimeNeeds
         )
     if decoder.vision:
         notes += vision.describe_tower(decoder.vision)
-    item_bytes = 4 if recipe.provider == "cpu" else STORED[recipe.quantization.dtype].itemsize
+    item_bytes = count_item_bytes(recipe.provider, STORED[recipe.quantization.dtype].itemsize)
     return RuntimeNeeds(
         engine="mlx_lm",
         provider=recipe.provider,
