@@ -163,7 +163,8 @@ class _Hub(_Base):
         return self._resolve(commit, folder, "/".join(rest[2:]))
 
     def _describe(self, repository_id: str, commit: str, folder: Path, *, is_tree: bool) -> None:
-        files = [_describe_file(path, is_tree=is_tree) for path in sorted(folder.iterdir())]
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = [_describe_file(path, folder, is_tree=is_tree) for path in paths]
         if is_tree:
             self.answer_json(files)
         else:
@@ -191,9 +192,9 @@ class _Cdn(_Base):
         self.send_file(folders[0] / name, {"Accept-Ranges": "bytes"})
 
 
-def _describe_file(path: Path, *, is_tree: bool) -> dict[str, Any]:
+def _describe_file(path: Path, folder: Path, *, is_tree: bool) -> dict[str, Any]:
     """One file as /tree lists it, or as the siblings of a model."""
-    size_bytes = path.stat().st_size
+    name, size_bytes = path.relative_to(folder).as_posix(), path.stat().st_size
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     large: dict[str, Any] = {"size": size_bytes, "pointerSize": 134}
     large |= {"oid": sha256} if is_tree else {"sha256": sha256}
@@ -201,8 +202,8 @@ def _describe_file(path: Path, *, is_tree: bool) -> dict[str, Any]:
     if path.suffix in LARGE_SUFFIXES:
         common["lfs"] = large
     if is_tree:
-        return {"type": "file", "path": path.name, "oid": _git_id(path), **common}
-    return {"rfilename": path.name, "blobId": _git_id(path), **common}
+        return {"type": "file", "path": name, "oid": _git_id(path), **common}
+    return {"rfilename": name, "blobId": _git_id(path), **common}
 
 
 def _git_id(path: Path) -> str:

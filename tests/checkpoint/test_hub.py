@@ -252,3 +252,17 @@ def test_a_quantized_checkpoint_is_named_before_the_weights(
     with pytest.raises(UnsupportedError, match="with bitsandbytes to 4 bits"):
         resolve(ID, QUIET, cache=cache)
     assert FIRST not in hub.fetched()
+
+
+def test_templates_in_a_folder_are_fetched(
+    hub: Hub, cache: Path, source: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "copy"))
+    texts = {"chat_template.jinja": "first", "additional_chat_templates/tool_use.jinja": "second"}
+    for name, text in {**texts, "additional_chat_templates/more/deep.jinja": "no"}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    hub.repositories[ID] = Repository({COMMIT: folder}, {"main": COMMIT})
+    checkpoint = resolve(ID, QUIET, cache=cache)
+    assert {name: (checkpoint.folder / name).read_text("utf-8") for name in texts} == texts
+    assert not (checkpoint.folder / "additional_chat_templates/more").exists()
