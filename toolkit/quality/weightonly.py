@@ -5,6 +5,7 @@ come as a stream, and at most one layer of them is in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class ArtifactWeights:
 
     def __init__(self, read: Read, decoder: Decoder) -> None:
         self._read = read
-        self._coming = read()
+        self._coming = read_ahead(read())
         self._layers = {
             name: layer for layer in range(decoder.layers) for name in decoder.layer_tensors(layer)
         }
@@ -69,12 +70,21 @@ class ArtifactWeights:
                     self._held[found] = weights
                 if found == name:
                     return
-            self._coming = self._read()
+            self._coming = read_ahead(self._read())
         raise ArtifactError(f"{name} is not in the artifact", advice="build the artifact again")
 
     def _part_of(self, name: str) -> int | str:
         """What is held together: a layer's tensors; another tensor by itself."""
         return self._layers.get(name, name)
+
+
+def read_ahead(tensors: Iterator[tuple[str, Array]]) -> Iterator[tuple[str, Array]]:
+    """The same, each made by a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, tensors, None)
+        while (found := coming.result()) is not None:
+            coming = thread.submit(next, tensors, None)
+            yield found
 
 
 def open_reader(format_name: str, engine: Engine, folder: Path, decoder: Decoder) -> Read:
