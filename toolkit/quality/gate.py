@@ -21,7 +21,7 @@ from toolkit.quality.probe import count_shared, read_probe
 from toolkit.quality.stored import Watch
 from toolkit.quality.weightonly import Read
 
-EXACT_SEQUENCES = 2  # of the probe, on which the runtime's arithmetic is compared
+EXACT_SEQUENCES = 1  # of the probe, on which the runtime's arithmetic is compared
 PICTURE = "picture: "
 SHORT = ("max KL", "perplexity ratio")  # of a picture beside what has a limit
 NOT_PUBLISHED = "nothing was published"

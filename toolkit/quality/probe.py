@@ -10,7 +10,7 @@ from toolkit.quality import tokens
 from toolkit.quality.chat import render_turns
 from toolkit.quality.ordinary import CHATS
 
-MOST_LENGTH, LEAST_LENGTH = 96, 24  # tokens of a sequence
+MOST_LENGTH, LEAST_LENGTH = 96, 20  # tokens of a sequence
 # Weights times tokens of a forward pass, where that is more than the least.
 WORK = 80_000_000_000
 
